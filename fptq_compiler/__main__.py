@@ -1,0 +1,5 @@
+"""`python -m fptq_compiler` is `fptq-compile`."""
+
+from fptq_compiler.cli.compile import main
+
+main()

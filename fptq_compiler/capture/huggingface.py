@@ -1,0 +1,244 @@
+"""Capture a Hugging Face causal language model, from a folder or in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from fptq_compiler.capture.export_dynamic import export_dynamic
+from fptq_compiler.errors import CaptureError
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLE_SHAPE = (2, 7)
+_AGREEMENT = 1e-4  # relative; float32 sums in another order, far below any real difference
+
+
+class _CausalLogits(torch.nn.Module):
+    """input_ids [B, S] → logits [B, S, V], with the parameter names of the model itself.
+
+    It shares the model's tables of parameters, buffers and submodules instead of holding the
+    model as a submodule, so no name gets a prefix.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, explicit_mask: bool) -> None:
+        super().__init__()
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            object.__setattr__(self, table, getattr(model, table))
+        object.__setattr__(self, "_language_model", model)
+        self._explicit_mask = explicit_mask
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        mask = None
+        if self._explicit_mask:
+            # Left to itself, transformers looks for packed sequences in the (constant) position
+            # ids and builds a mask [B, 1, S, S] by twenty operators. This is the same mask.
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            mask = (positions[None, :] <= positions[:, None])[None, None]
+        model = cast(Any, self)._language_model
+        output = model.forward(
+            input_ids=input_ids, attention_mask=mask, use_cache=False, return_dict=True
+        )
+        return cast(torch.Tensor, output.logits)
+
+
+def load_huggingface(
+    folder: Path, *, dtype: torch.dtype | None = torch.float32, trust_pickle: bool = False
+) -> Any:
+    """Load the model of a folder with config.json and safetensors, from this machine only.
+
+    Args:
+        folder: a Hugging Face checkpoint folder.
+        dtype: type of the weights in memory; None keeps the type in the file. The default makes
+            the arithmetic of the compiler exact where the file holds fp16 or bf16.
+        trust_pickle: accept a folder that has only pytorch_model.bin.
+
+    Returns:
+        The transformers model, in evaluation mode.
+
+    Raises:
+        CaptureError: no weights, damaged weights, or weights that do not fit the config.
+    """
+    has_safetensors = _check_weights(folder, trust_pickle=trust_pickle)
+    return load_pretrained(
+        folder, {"use_safetensors": has_safetensors}, dtype=dtype or "auto", origin=folder.name
+    )
+
+
+def load_pretrained(
+    folder: Path, options: Mapping[str, Any], *, dtype: torch.dtype | str, origin: str
+) -> Any:
+    """Call transformers and insist that every parameter was found, with its shape.
+
+    Raises:
+        CaptureError: naming missing, unexpected and mismatched parameters.
+    """
+    try:
+        with quiet_transformers():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+            )
+    except Exception as error:  # transformers raises many types for a wrong folder
+        reason = str(error).strip()[:500] or type(error).__name__
+        message = (
+            f"{origin}: transformers {transformers.__version__} cannot load this causal language "
+            f"model: {reason}. Check config.json and the weights, or export the model yourself "
+            "with torch.export.save."
+        )
+        raise CaptureError(message) from error
+    _refuse_incomplete(report, origin)
+    return model.eval()
+
+
+def export_causal_lm(
+    model: Any, example_ids: torch.Tensor | None = None
+) -> torch.export.ExportedProgram:
+    """Export a transformers causal language model with free batch and sequence.
+
+    Args:
+        model: a `PreTrainedModel` whose output has `logits`.
+        example_ids: token ids [B, S]; by default a few ids of the vocabulary.
+
+    Returns:
+        A program input_ids [B, S] → logits [B, S, V] for all positions, without a cache. The
+        parameters have the model's own names.
+
+    Raises:
+        CaptureError: the model cannot be traced or fixes a dimension.
+    """
+    origin = type(model).__name__
+    if example_ids is None:
+        count = _EXAMPLE_SHAPE[0] * _EXAMPLE_SHAPE[1]
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        example_ids = (torch.arange(count) % vocabulary).reshape(_EXAMPLE_SHAPE)
+    explicit_mask = _takes_explicit_mask(model, example_ids)
+    wrapper = _CausalLogits(model, explicit_mask=explicit_mask)
+    return export_dynamic(wrapper, (example_ids,), origin=origin)
+
+
+def generation_start(config: Any) -> int | None:
+    """The token id that begins a text: bos, else eos, else None."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _takes_explicit_mask(model: Any, example_ids: torch.Tensor) -> bool:
+    """Whether a causal mask [1, 1, S, S] gives what the model computes by itself.
+
+    Models with sliding windows or chunks make other masks and are left alone; for the rest the
+    two are compared by running the model on the example.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = ("sliding_window", "attention_chunk_size", "window_size")
+    if kinds != {"full_attention"} or any(getattr(config, name, None) for name in windows):
+        return False
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            own = _CausalLogits(model, explicit_mask=False)(example_ids)
+            explicit = _CausalLogits(model, explicit_mask=True)(example_ids)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        logger.info("%s takes no mask of its own making: %s", type(model).__name__, error)
+        return False
+    finally:
+        model.train(was_training)
+    scale = float(own.abs().max())
+    return float((own - explicit).abs().max()) <= _AGREEMENT * scale
+
+
+def _check_weights(folder: Path, *, trust_pickle: bool) -> bool:
+    """Find the weight files; every safetensors file must be whole and hold no strange types."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        if pickled and trust_pickle:
+            return False
+        found = f"only {pickled[0]}, a pickle, which can run code" if pickled else "none"
+        message = (
+            f"{folder.name}: expected weights in *.safetensors, found {found}. Save the model "
+            "with save_pretrained(safe_serialization=True)"
+            + (", or pass --trust-pickle if you trust its author." if pickled else ".")
+        )
+        raise CaptureError(message)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            message = (
+                f"{folder.name}: {path.name} is truncated or damaged ({error}). Copy it again."
+            )
+            raise CaptureError(message) from None
+    return True
+
+
+def _refuse_incomplete(report: Mapping[str, Any], origin: str) -> None:
+    """Transformers fills missing parameters with random numbers and only warns: refuse."""
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        entries = sorted(str(entry) for entry in report.get(kind) or ())
+        if entries:
+            more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+            problems.append(f"{kind.replace('_', ' ')}: {', '.join(entries[:3])}{more}")
+    if problems:
+        message = (
+            f"{origin}: the weights do not fit the model of config.json ({'; '.join(problems)}). "
+            "Use the config that belongs to these weights."
+        )
+        raise CaptureError(message)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The parsed config.json of a folder.
+
+    Raises:
+        CaptureError: it is not a JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{folder.name}: config.json cannot be read ({error}). Copy the folder again."
+        raise CaptureError(message) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        message = (
+            f"{folder.name}: config.json names no 'model_type', expected the configuration of a "
+            "Hugging Face model."
+        )
+        raise CaptureError(message)
+    return config
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the loading bar and the loading report: `_refuse_incomplete` says the same."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""The commands. They print; the library never does."""

@@ -1,0 +1,208 @@
+"""`fptq-compile`: a model in, a quantised ONNX file out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from fptq_compiler.cli.console import listening
+from fptq_compiler.cli.entry import EXIT_CODES, Settings, run, version_text
+from fptq_compiler.errors import RecipeError
+from fptq_compiler.recipe import (
+    BUILT_IN,
+    DEFAULT_RECIPE,
+    TARGETS,
+    TRANSFORMS,
+    VERIFY_LEVELS,
+    load_recipe,
+)
+
+EXISTING = click.Path(exists=True, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command(name="fptq-compile", epilog=EXIT_CODES)
+@click.argument("model", type=EXISTING)
+@click.option(
+    "-o", "--output", type=NEW_FILE, required=True, metavar="OUT.onnx", help="File to write."
+)
+@click.option(
+    "--recipe",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    metavar="NAME|FILE",
+    help=f"Built-in recipe ({', '.join(BUILT_IN)}) or a TOML file. The options below override it.",
+)
+@click.option(
+    "--bits",
+    metavar="W-A-KV",
+    help="Bits of weights, activations and KV cache, each 4, 8 or 16; 16 is not quantised. "
+    "4-8-8 in the built-in recipes.",
+)
+@click.option(
+    "--transforms",
+    metavar="LIST|none|auto",
+    help=f"Names with commas between, of {', '.join(TRANSFORMS)}: each is demanded, and one "
+    "without a site is an error. auto takes every one that applies.",
+)
+@click.option(
+    "--calibration",
+    type=EXISTING_FILE,
+    metavar="FILE",
+    help="Token ids (.npy), rows (.jsonl) or text. Without it the model calibrates on text "
+    "that it writes itself.",
+)
+@click.option(
+    "--tokenizer",
+    type=EXISTING,
+    metavar="DIR|FILE",
+    help="Tokenizer for text, where the model brings none.",
+)
+@click.option("--samples", type=int, metavar="N", help="Calibration sequences.")
+@click.option("--sequence-length", type=int, metavar="T", help="Tokens of each.")
+@click.option("--target", metavar="NAME", help=f"Form of the file: {', '.join(TARGETS)}.")
+@click.option(
+    "--verify",
+    metavar="|".join(VERIFY_LEVELS),
+    help="How much of each rewrite is proved by running it before and after. The written file "
+    "is checked against ONNX Runtime at every level.",
+)
+@click.option("--seed", type=int, metavar="N", help="Seed of every random draw.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the transforms are trained and the model is calibrated.",
+)
+@click.option(
+    "--work-dir", type=FOLDER, metavar="DIR", help="Keep intermediate results, to resume."
+)
+@click.option("--report", type=NEW_FILE, metavar="FILE.json", help="Write the whole report.")
+@click.option(
+    "--dump-dir", type=FOLDER, metavar="DIR", help="Write the graph after each pass as text."
+)
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Read a model that is, or holds, a pickle. A pickle runs code: only from someone "
+    "you trust.",
+)
+@click.option(
+    "--example-inputs",
+    type=EXISTING_FILE,
+    metavar="FILE",
+    help="Token ids (.npy) [batch, sequence] to capture a pickled module with.",
+)
+@click.option(
+    "--force", is_flag=True, help="Write the file even if it fails the check, and say so."
+)
+@click.option("-v", "--verbose", is_flag=True, help="The log, every site, and tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Nothing but errors.")
+@click.version_option(version_text(), message="%(version)s")
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    model: Path,
+    output: Path,
+    recipe: str,
+    bits: str | None,
+    transforms: str | None,
+    calibration: Path | None,
+    tokenizer: Path | None,
+    samples: int | None,
+    sequence_length: int | None,
+    target: str | None,
+    verify: str | None,
+    seed: int | None,
+    device: str,
+    work_dir: Path | None,
+    report: Path | None,
+    dump_dir: Path | None,
+    trust_pickle: bool,
+    example_inputs: Path | None,
+    force: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Compile MODEL to a quantised ONNX file that ONNX Runtime executes.
+
+    MODEL is a torch.export archive (.pt, .pt2), a Hugging Face folder, a GGUF file, or with
+    --trust-pickle a pickled module. Nothing is fetched from a network.
+
+    Example: fptq-compile model.pt -o model.onnx --bits 4-8-8 --calibration text.txt
+    """
+    settings.set(verbose, quiet)
+    chosen = load_recipe(recipe).override(
+        bits=bits,
+        transforms=transforms,
+        samples=samples,
+        sequence_length=sequence_length,
+        target=target,
+        verify=verify,
+        seed=seed,
+    )
+    check_output(model, output)
+    check_device(device)
+
+    from fptq_compiler import driver
+    from fptq_compiler.cli.tables import print_summary, stdout_console
+
+    options = driver.Options(
+        recipe=chosen,
+        calibration=calibration,
+        tokenizer=tokenizer,
+        device=device,
+        work_dir=work_dir,
+        report=report,
+        dump_dir=dump_dir,
+        force=force,
+        trust_pickle=trust_pickle,
+        example_inputs=example_inputs,
+    )
+    with listening(settings.verbosity) as progress:
+        result = driver.compile_file(model, output, options, progress)
+    if settings.verbosity >= 0:
+        print_summary(stdout_console(), result, str(output), every=verbose)
+
+
+def check_output(model: Path, output: Path) -> None:
+    """Refuses an output that could not be written, before hours are spent on it.
+
+    Raises:
+        RecipeError: its folder does not exist, or it is the model itself.
+    """
+    if not output.parent.is_dir():
+        message = f"-o {output}: there is no folder {output.parent}"
+        raise RecipeError(message)
+    if output.exists() and output.samefile(model):
+        message = f"-o {output}: that is the model itself"
+        raise RecipeError(message)
+
+
+def check_device(device: str) -> None:
+    """Refuses a GPU that torch does not see.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        message = (
+            f"--device cuda: torch {torch.__version__} sees no CUDA device; install a CUDA "
+            "build of torch with a matching driver, or use --device cpu"
+        )
+        raise RecipeError(message)
+
+
+def main() -> None:
+    """Runs `fptq-compile`."""
+    sys.exit(run(command))

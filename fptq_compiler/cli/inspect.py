@@ -1,0 +1,64 @@
+"""`fptq-inspect`: says what the compiler finds in a model, without compiling it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from fptq_compiler.cli.console import listening
+from fptq_compiler.cli.entry import EXIT_CODES, Settings, run, version_text
+
+
+@click.command(name="fptq-inspect", epilog=EXIT_CODES)
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Read a model that is, or holds, a pickle. A pickle runs code: only from someone "
+    "you trust.",
+)
+@click.option(
+    "--example-inputs",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Token ids (.npy) [batch, sequence] to capture a pickled module with.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="The log, every site, and tracebacks.")
+@click.version_option(version_text(), message="%(version)s")
+@click.pass_obj
+def command(
+    settings: Settings,
+    *,
+    model: Path,
+    as_json: bool,
+    trust_pickle: bool,
+    example_inputs: Path | None,
+    verbose: bool,
+) -> None:
+    """Print what is found in MODEL.
+
+    A table of sites: names, shapes, heads, the layout of RoPE, norms, which transforms are
+    possible and why others are not; then near misses: what was almost recognised, with the
+    node and the source line where it differs.
+    """
+    settings.set(verbose, False)
+
+    from fptq_compiler import driver
+    from fptq_compiler.cli.tables import print_sites, stdout_console
+
+    with listening(settings.verbosity):
+        report = driver.inspect_file(
+            model, trust_pickle=trust_pickle, example_inputs=example_inputs
+        )
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        print_sites(stdout_console(), report, heading="possible", every=verbose)
+
+
+def main() -> None:
+    """Runs `fptq-inspect`."""
+    sys.exit(run(command))

@@ -1,0 +1,173 @@
+"""Transforms as graph nodes: the one `insert` and the one `fold` that serve every map.
+
+A weight edge is a `call_module` node between a parameter and its reader. Its module applies one
+map at one port. Several edges may follow each other on one parameter; folding evaluates them in
+float64 and leaves the parameter alone, under its old name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.surgery import add_module, call_module, set_parameter
+from fptq_compiler.transforms import Map, Port
+from fptq_compiler.transforms import port as ports_module
+
+
+class WeightEdge(nn.Module):
+    """Applies a map at a port: weight (as in the checkpoint) -> weight of the same shape."""
+
+    def __init__(self, transform: Map, port: Port) -> None:
+        super().__init__()
+        self.transform = transform
+        self.port = port
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The transformed weight."""
+        return ports_module.apply(self.transform, self.port, weight)
+
+
+class GainEdge(nn.Module):
+    """Takes in a norm's gain: W' = W diag(gain), for W (out, in) and gain (in,)."""
+
+    def __init__(self, gain: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("gain", gain.detach())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that reads the norm without its gain."""
+        gain = self.get_buffer("gain")
+        return weight * gain.to(weight.dtype)
+
+
+Edge = WeightEdge | GainEdge
+
+
+class OnlineEdge(nn.Module):
+    """Applies a map to an activation (..., n) at run time, through its factors."""
+
+    def __init__(self, transform: Map) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x M."""
+        return self.transform.right(x)
+
+
+def insert_map(program: Program, name: str, transform: Map, ports: Sequence[Port]) -> None:
+    """Put one map on the edges of all its parameters.
+
+    Args:
+        program: rewritten in place; the map is reached as `program.map(name)`.
+        name: unique, for example `value.model.layers.0.self_attn`.
+        transform: the map, shared by all ports.
+        ports: which parameters, on which side.
+
+    Raises:
+        ValueError: a port names a parameter that the graph does not read.
+    """
+    for index, port in enumerate(ports):
+        path = f"edges.{name.replace('.', '_')}.{index}"
+        insert_edge(program, path, port.parameter, WeightEdge(transform, port))
+    program.maps[name] = transform
+
+
+def insert_edge(program: Program, path: str, parameter: str, edge: Edge) -> None:
+    """Put one edge behind all others on a parameter; every reader sees it.
+
+    Raises:
+        ValueError: no node reads the parameter.
+    """
+    ends = _edge_ends(program, parameter)
+    if not ends:
+        message = f"edge {path}: no node reads the parameter {parameter}"
+        raise ValueError(message)
+    add_module(program.module, path, edge)
+    for end in ends:
+        users = list(end.users)
+        node = call_module(program.graph, users[0], path, (end,), like=end)
+        for user in users:
+            user.replace_input_with(end, node)
+
+
+def insert_online(program: Program, name: str, transform: Map, reader: Node) -> Node:
+    """Put a map on the first argument of `reader`, computed at run time."""
+    source = reader.args[0]
+    assert isinstance(source, Node)
+    path = f"online.{name.replace('.', '_')}"
+    add_module(program.module, path, OnlineEdge(transform))
+    edge = call_module(program.graph, reader, path, (source,), like=source)
+    reader.args = (edge, *reader.args[1:])
+    return edge
+
+
+def _is_edge(program: Program, node: Node) -> bool:
+    if node.op != "call_module":
+        return False
+    return isinstance(program.module.get_submodule(str(node.target)), Edge)
+
+
+def _edge_ends(program: Program, parameter: str) -> list[Node]:
+    """The last node of each edge chain that starts at the parameter and is read by others."""
+    ends = []
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target == parameter:
+            end = node
+            while True:
+                following = [u for u in end.users if _is_edge(program, u)]
+                if not following:
+                    break
+                end = following[0]
+            if end.users:
+                ends.append(end)
+    return ends
+
+
+def chains(program: Program) -> dict[str, list[Edge]]:
+    """For every parameter with edges, its edges from the parameter outwards."""
+    found: dict[str, list[Edge]] = {}
+    for node in program.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        edges: list[Edge] = []
+        end = node
+        while True:
+            following = [u for u in end.users if _is_edge(program, u)]
+            if not following:
+                break
+            end = following[0]
+            edge = program.module.get_submodule(str(end.target))
+            assert isinstance(edge, Edge)
+            edges.append(edge)
+        if edges:
+            found[str(node.target)] = edges
+    return found
+
+
+def fold(program: Program) -> int:
+    """Evaluate every chain of edges in float64 and put the result in the parameter's place.
+
+    Returns:
+        How many parameters changed.
+    """
+    plan = chains(program)
+    with torch.no_grad():
+        for name, edges in plan.items():
+            weight = program.parameter(name)
+            value = weight.double()
+            for edge in edges:
+                value = edge(value)
+            set_parameter(program.module, name, value.to(weight.dtype))
+    for node in list(program.graph.nodes):
+        if _is_edge(program, node):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+    return len(plan)

@@ -1,0 +1,209 @@
+"""Run parts of a graph: whole, block by block, or one region on chosen values.
+
+Parameters are read where they are used and not held, so that a float64 run of a float32 model
+needs memory for one weight and not for the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+Environment = dict[Node, Any]
+Watcher = Callable[[Node, Any], None]
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """The parameter, buffer or submodule that a `get_attr` or `call_module` node names."""
+    found: Any = module
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _in_precision(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return value
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.to(torch.complex128) if dtype == torch.float64 else value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    if isinstance(value, torch.dtype) and value in HALF_OR_SINGLE:
+        return dtype
+    return value
+
+
+def run_node(
+    module: fx.GraphModule, node: Node, environment: Environment, dtype: torch.dtype | None
+) -> Any:
+    """The value of one node; its inputs are in `environment` or are parameters."""
+
+    def load(argument: Node) -> Any:
+        if argument.op == "get_attr":
+            return _in_precision(attribute(module, str(argument.target)), dtype)
+        return environment[argument]
+
+    args = fx.map_arg(node.args, load)
+    kwargs = fx.map_arg(node.kwargs, load)
+    if dtype is not None:
+        args = fx.node.map_aggregate(args, lambda x: _in_precision(x, dtype))
+        kwargs = fx.node.map_aggregate(kwargs, lambda x: _in_precision(x, dtype))
+    if node.op == "call_function":
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return attribute(module, str(node.target))(*args, **kwargs)
+    if node.op == "output":
+        return args[0]
+    message = f"node {node.name} has the unexpected kind {node.op}"
+    raise ValueError(message)
+
+
+def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
+    """For each node of the run, the values that nothing after it reads."""
+    dying: dict[Node, list[Node]] = {}
+    seen: set[Node] = set()
+    for node in reversed(nodes):
+        for argument in node.all_input_nodes:
+            if argument not in seen:
+                seen.add(argument)
+                dying.setdefault(node, []).append(argument)
+    return dying
+
+
+def bind_inputs(
+    module: fx.GraphModule, inputs: Sequence[Tensor], dtype: torch.dtype | None
+) -> Environment:
+    """Placeholders with their values; raises ValueError where the counts differ."""
+    names = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return {n: _in_precision(x, dtype) for n, x in zip(names, inputs, strict=True)}
+
+
+def run(
+    module: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    watch: Watcher | None = None,
+) -> Any:
+    """Run the graph on `inputs`; with `dtype`, in that precision throughout.
+
+    Args:
+        module: the graph with its parameters.
+        inputs: one tensor a placeholder.
+        dtype: `torch.float64` for verification; None runs as written.
+        watch: called with every node and its value.
+
+    Returns:
+        What the output node holds (a tuple).
+    """
+    nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")]
+    environment = bind_inputs(module, inputs, dtype)
+    dying = last_uses(nodes)
+    value: Any = None
+    for node in nodes:
+        value = run_node(module, node, environment, dtype)
+        if watch is not None:
+            watch(node, value)
+        environment[node] = value
+        for dead in dying.get(node, ()):
+            environment.pop(dead, None)
+    return value
+
+
+def logits(
+    module: fx.GraphModule, inputs: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """The first output of the graph: (batch, sequence, vocabulary)."""
+    found = run(module, inputs, dtype=dtype)
+    first = found[0] if isinstance(found, (tuple, list)) else found
+    assert isinstance(first, Tensor)
+    return first
+
+
+def ancestors(target: Node, stop: Iterable[Node] = ()) -> list[Node]:
+    """All that `target` is computed from, itself last, not looking behind `stop`."""
+    order: list[Node] = []
+    seen = set(stop)
+    stack: list[tuple[Node, bool]] = [(target, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((x, False) for x in node.all_input_nodes)
+    return order
+
+
+class Region:
+    """Evaluates single nodes in float64 with some upstream values replaced.
+
+    Everything that depends on the inputs' sizes only (positions, masks, rotary tables) is
+    computed from the placeholders, which hold plain values of the given sizes.
+    """
+
+    def __init__(self, module: fx.GraphModule, batch: int, sequence: int) -> None:
+        self._module = module
+        self._cache: Environment = dict(default_inputs(module, batch, sequence))
+        self._symbols = {}
+        for node, value in self._cache.items():
+            for size, found in zip(node.meta["val"].shape, value.shape, strict=True):
+                if isinstance(size, torch.SymInt):
+                    self._symbols[size.node.expr] = found
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The shape that `node` has at this region's sizes."""
+        return tuple(
+            int(size.node.expr.subs(self._symbols)) if isinstance(size, torch.SymInt) else size
+            for size in node.meta["val"].shape
+        )
+
+    def value(self, target: Node, bound: Mapping[Node, Tensor]) -> Any:
+        """The value of `target` where each node of `bound` has the given value."""
+        if target.op == "get_attr":
+            return _in_precision(attribute(self._module, str(target.target)), torch.float64)
+        environment: Environment = dict(bound)
+        dependent = set(bound)
+        for node in ancestors(target, bound):
+            if node.op == "get_attr":
+                continue
+            if not dependent.isdisjoint(node.all_input_nodes):
+                dependent.add(node)
+            elif node in self._cache:
+                environment[node] = self._cache[node]
+                continue
+            environment[node] = run_node(self._module, node, environment, torch.float64)
+            if node not in dependent:
+                self._cache[node] = environment[node]
+        return environment[target]
+
+
+def default_inputs(module: fx.GraphModule, batch: int, sequence: int) -> dict[Node, Tensor]:
+    """Plain values for the placeholders: ids 0, positions 0 1 2 …, masks that hide nothing."""
+    return {
+        node: _default_value(node, batch, sequence)
+        for node in module.graph.nodes
+        if node.op == "placeholder"
+    }
+
+
+def _default_value(node: Node, batch: int, sequence: int) -> Tensor:
+    fake = node.meta["val"]
+    sizes = [batch, sequence]
+    shape = [
+        int(size) if isinstance(size, int) else sizes[min(axis, 1)]
+        for axis, size in enumerate(fake.shape)
+    ]
+    if "position" in node.name and not fake.dtype.is_floating_point:
+        return torch.arange(shape[-1], dtype=fake.dtype).expand(shape).contiguous()
+    fill = 1 if "mask" in node.name and not fake.dtype.is_floating_point else 0
+    return torch.full(shape, fill, dtype=fake.dtype)

@@ -1,0 +1,147 @@
+"""The composite operators: one spelling for what the passes recognise.
+
+Each is a torch.library operator with a reference kernel, a fake kernel (the same function under
+fake tensors) and a backward that recomputes the reference. Later passes and every lowering target
+see these and not the dozen spellings that stand in exported models.
+
+    rms_norm        x (..., d), gain (d,) or None                 -> (..., d)
+    attention       q (B, H, S, D), k v (B, H_kv, T, D), mask      -> (B, H, S, D)
+    fake_quantize   x any shape, scalar scale and zero-point       -> x's shape
+    linear          x (..., K), integer codes (K, N), scale        -> (..., N)
+    embedding       ids (...), integer codes (V, d), scale (V,)    -> (..., d)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fptq_compiler.quant.grid import Grid
+from fptq_compiler.quant.grid import fake_quantize as fake_quantize_on_grid
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in at least float32: half types compute their statistics there, as models do."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
+    statistics = wide(x)
+    inverse = torch.rsqrt(statistics.square().mean(-1, keepdim=True) + epsilon)
+    normalized = (statistics * inverse).to(x.dtype)
+    return normalized if gain is None else normalized * gain
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(S, T) booleans, True where query s may see key t; the last query sees every key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    batch, heads, queries, width = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, width)
+    scores = torch.matmul(grouped * scale, k.unsqueeze(2).transpose(-1, -2))
+    if causal:
+        hidden = causal_mask(queries, keys, q.device).logical_not()
+        scores = scores.masked_fill(hidden, float("-inf"))
+    if mask is not None:
+        grouped_mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+        if mask.dim() == 4 and mask.shape[1] != 1:
+            grouped_mask = mask.reshape(
+                mask.shape[0], kv_heads, heads // kv_heads, mask.shape[2], mask.shape[3]
+            )
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(grouped_mask.logical_not(), float("-inf"))
+        else:
+            scores = scores + grouped_mask
+    weights = torch.softmax(wide(scores), -1).to(q.dtype)
+    mixed = torch.matmul(weights, v.unsqueeze(2))
+    return mixed.reshape(batch, heads, queries, v.shape[-1])
+
+
+def _fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    step = torch.tensor(scale, dtype=torch.float32, device=x.device)
+    zero = torch.tensor(float(zero_point), dtype=torch.float32, device=x.device)
+    return fake_quantize_on_grid(x, step, zero, Grid(bits, symmetric=False))
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (K, N) times scale: (N,) per channel, or (ceil(K / block), N) per block of K."""
+    values = codes.to(dtype)
+    if scale.dim() == 1:
+        return values * scale.to(dtype)
+    block = -(-codes.shape[0] // scale.shape[0])
+    return values * scale.to(dtype).repeat_interleave(block, 0)[: codes.shape[0]]
+
+
+def _linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, block: int
+) -> Tensor:
+    y = torch.matmul(x, dequantize_weight(codes, scale, x.dtype))
+    return y if bias is None else y + bias
+
+
+def _embedding(ids: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return codes[ids].to(scale.dtype) * scale[ids].unsqueeze(-1)
+
+
+def _define(name: str, schema: str, reference: Callable[..., Tensor]) -> Any:
+    """Register `reference` under fptq::name, differentiable by recomputing it."""
+    operator = torch.library.custom_op(f"fptq::{name}", reference, mutates_args=(), schema=schema)
+    operator.register_fake(reference)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
+        ctx.rest = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        arguments = [next(saved) if rest is None else rest[0] for rest in ctx.rest]
+        leaves = [
+            x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+            for x in arguments
+        ]
+        wanted = [
+            i
+            for i, x in enumerate(leaves)
+            if isinstance(x, Tensor) and x.requires_grad and ctx.needs_input_grad[i]
+        ]
+        with torch.enable_grad():
+            output = reference(*leaves)
+        found = torch.autograd.grad(output, [leaves[i] for i in wanted], gradient)
+        gradients: list[Any] = [None] * len(leaves)
+        for i, value in zip(wanted, found, strict=True):
+            gradients[i] = value
+        return tuple(gradients)
+
+    operator.register_autograd(backward, setup_context=save)
+    return getattr(torch.ops.fptq, name).default
+
+
+rms_norm = _define(
+    "rms_norm", "(Tensor x, Tensor? gain, float epsilon) -> Tensor", _rms_norm
+)
+attention = _define(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor",
+    _attention,
+)
+fake_quantize = _define(
+    "fake_quantize",
+    "(Tensor x, float scale, int zero_point, int bits) -> Tensor",
+    _fake_quantize,
+)
+linear = _define(
+    "linear",
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, int block) -> Tensor",
+    _linear,
+)
+embedding = _define(
+    "embedding", "(Tensor ids, Tensor codes, Tensor scale, int bits) -> Tensor", _embedding
+)

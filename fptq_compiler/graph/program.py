@@ -1,0 +1,137 @@
+"""The record that goes from pass to pass: an unlifted ATen graph and typed tables beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from fptq_compiler.graph import evaluate
+from fptq_compiler.graph.sites import Sites
+from fptq_compiler.transforms import Map
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One model input: its name, dtype and dimensions (an int, or a symbol's name)."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that was almost a site: where, why not, and the user's source line."""
+
+    what: str
+    node: str
+    reason: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = f" ({self.source})" if self.source else ""
+        return f"{self.what} at {self.node}: {self.reason}{where}"
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """A static activation quantiser: the module in the graph, what it reads, and for whom."""
+
+    module: str
+    node: str
+    readers: tuple[str, ...]
+    role: str  # "linear input" | "head input" | "key" | "value"
+    bits: int
+    first_position_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """A weight quantiser: the parameter, its bits, and the block along the inputs (0: none)."""
+
+    parameter: str
+    bits: int
+    block: int
+    role: str  # "linear" | "head" | "embedding"
+
+
+@dataclass
+class Program:
+    """A captured model on its way to ONNX.
+
+    Attributes:
+        module: unlifted graph with real parameters under their checkpoint names.
+        inputs: the placeholders, in order.
+        facts: what has been established (passes require and provide these words).
+        sites: where transforms may act; filled by the pass find_sites.
+        near_misses: the closest candidates of what was not found.
+        maps: inserted transforms by name, for example `value.model.layers.0.self_attn`.
+        activation_quantizers, weight_quantizers: what place_quantizers put in.
+        decisions: what the compiler decided, in words, for the report.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[InputSpec, ...]
+    facts: set[str] = field(default_factory=set)
+    sites: Sites = field(default_factory=Sites)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    maps: dict[str, Map] = field(default_factory=dict)
+    activation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
+    weight_quantizers: list[WeightQuantizer] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The module's graph."""
+        return self.module.graph
+
+    def node(self, name: str) -> Node:
+        """The node of that name; raises KeyError."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def parameter(self, name: str) -> Tensor:
+        """The parameter or buffer of that checkpoint name."""
+        found = evaluate.attribute(self.module, name)
+        assert isinstance(found, Tensor)
+        return found
+
+    def run(self, ids: Tensor) -> Tensor:
+        """Logits (B, S, V) of token ids (B, S); further inputs take their plain values."""
+        with torch.no_grad():
+            return evaluate.logits(self.module, self.arguments(ids))
+
+    def arguments(self, ids: Tensor) -> list[Tensor]:
+        """All inputs of the graph for token ids (B, S)."""
+        plain = evaluate.default_inputs(self.module, ids.shape[0], ids.shape[1])
+        values = list(plain.values())
+        values[self.ids_index] = ids
+        return values
+
+    @property
+    def ids_index(self) -> int:
+        """Which input holds the token ids."""
+        for index, spec in enumerate(self.inputs):
+            if spec.name == "input_ids":
+                return index
+        integers = [i for i, s in enumerate(self.inputs) if not s.dtype.is_floating_point]
+        return integers[0] if integers else 0
+
+    def call_nodes(self, target: object) -> list[Node]:
+        """All calls of `target`, in graph order."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target is target]
+
+
+def source_line(node: Node) -> str:
+    """The innermost line of the user's model code that made the node, or an empty string."""
+    trace = node.meta.get("stack_trace") or ""
+    lines: Sequence[str] = [x.strip() for x in trace.splitlines()]
+    files = [x for x in lines if x.startswith("File ")]
+    return files[-1] if files else ""
+

@@ -1,0 +1,95 @@
+"""Function preservation by running: a reference before any rewrite, and a comparison after each.
+
+Maps are moved off identity for the comparison (at identity every wrong map looks right) and put
+back afterwards. The run is in float64, one weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fptq_compiler.errors import VerificationError
+from fptq_compiler.graph import evaluate
+from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
+from fptq_compiler.graph.program import Program
+
+TOLERANCE = 1e-9  # relative, float64: a right rewrite shows 1e-15 to 1e-13, a wrong one over 1e-4
+# Where a pass stores new parameters, their rounding shows; a wrong rewrite shows far more.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+STRENGTH = 0.3
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest magnitude expected."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@contextmanager
+def off_identity(program: Program, seed: int) -> Iterator[None]:
+    """All maps randomised inside the context, and as they were after it."""
+    generator = torch.Generator().manual_seed(seed)
+    saved = {
+        name: {k: v.detach().clone() for k, v in transform.state_dict().items()}
+        for name, transform in program.maps.items()
+    }
+    try:
+        for transform in program.maps.values():
+            transform.randomize_(generator, STRENGTH)
+        yield
+    finally:
+        for name, state in saved.items():
+            program.maps[name].load_state_dict(state)
+
+
+class Verifier:
+    """Holds the original's logits on a probe batch, and compares after every pass."""
+
+    def __init__(self, program: Program, vocabulary: int, seed: int, *, tokens: int = 16) -> None:
+        """Run the original in float64 on (2, tokens) random ids below `vocabulary`."""
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(vocabulary, (2, tokens), generator=generator)
+        self.seed = seed
+        self.errors: dict[str, float] = {}
+        self.tolerance = TOLERANCE
+        dtypes = {p.dtype for p in program.module.parameters() if p.is_floating_point()}
+        self.rounding = max(ROUNDING.get(d, 1e-5) for d in dtypes | {torch.float64})
+        with torch.no_grad():
+            arguments = program.arguments(self.ids)
+            self.expected = evaluate.logits(program.module, arguments, torch.float64)
+        if not bool(self.expected.isfinite().all()):
+            message = (
+                "the original model gives logits that are not finite on random token ids; "
+                "check the weights (NaN or infinity) before compiling"
+            )
+            raise VerificationError(message)
+
+    def error(self, program: Program) -> float:
+        """The program's relative error against the original, maps off identity, float64."""
+        with torch.no_grad(), off_identity(program, self.seed):
+            arguments = program.arguments(self.ids)
+            found = evaluate.logits(program.module, arguments, torch.float64)
+        return relative_error(found, self.expected)
+
+    def check(self, program: Program, step: Pass, result: PassResult) -> None:
+        """Compare after a pass that preserves the function and changed something.
+
+        Raises:
+            VerificationError: the function is not preserved; the message names the pass.
+        """
+        if step.effect is not Effect.PRESERVES or result.changed == 0:
+            return
+        error = self.error(program)
+        self.errors[step.name] = error
+        if step.rounds:
+            self.tolerance = self.rounding
+        if not error <= self.tolerance:
+            message = (
+                f"pass {step.name} changed the model's function: relative error of the logits "
+                f"{error:.2e} in float64, expected at most {self.tolerance:.0e}. This is a wrong "
+                "rewrite; leave the transform out with --transforms and report the model."
+            )
+            raise VerificationError(message)

@@ -1,0 +1,201 @@
+"""Recipes: the closed, immutable configuration of one compilation.
+
+A recipe says everything that changes the written file; where files lie and how much is
+printed are options of the command line instead. Recipes are TOML. A key or a name that does
+not exist is a `RecipeError` that names the nearest one that does, and a value of the wrong
+type or range says what was expected, so that a misspelt setting never passes in silence.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from fptq_compiler.closed_config import (
+    check_at_least,
+    check_one_of,
+    nearest,
+    read_record,
+    spelled,
+    write_record,
+)
+from fptq_compiler.errors import RecipeError
+from fptq_compiler.recipe_parts import (
+    TRANSFORMS,
+    ActivationsRecipe,
+    Bits,
+    CalibrationRecipe,
+    LocalRecipe,
+    TransformsRecipe,
+    WeightsRecipe,
+    read_bits,
+    read_transforms,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "DEFAULT_RECIPE",
+    "TARGETS",
+    "TRANSFORMS",
+    "VERIFY_LEVELS",
+    "ActivationsRecipe",
+    "Bits",
+    "CalibrationRecipe",
+    "LocalRecipe",
+    "Recipe",
+    "TransformsRecipe",
+    "WeightsRecipe",
+    "load_recipe",
+]
+
+TARGETS: Final = ("qdq",)
+VERIFY_LEVELS: Final = ("off", "probe", "full")
+DEFAULT_RECIPE: Final = "fptquant-local"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that changes the written file."""
+
+    name: str = DEFAULT_RECIPE
+    bits: Bits = field(default_factory=Bits, metadata=spelled(read_bits, str))
+    transforms: TransformsRecipe = field(default_factory=TransformsRecipe)
+    weights: WeightsRecipe = field(default_factory=WeightsRecipe)
+    activations: ActivationsRecipe = field(default_factory=ActivationsRecipe)
+    local: LocalRecipe = field(default_factory=LocalRecipe)
+    calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+    target: str = "qdq"
+    verify: str = "probe"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_one_of("target", self.target, TARGETS)
+        check_one_of("verify", self.verify, VERIFY_LEVELS)
+        check_at_least("seed", self.seed, 0)
+
+    @property
+    def embedding_bits(self) -> int:
+        """Bits of the embedding: 16 where the weights are not quantised at all."""
+        return 16 if self.bits.weights == 16 else self.weights.embedding_bits
+
+    @property
+    def head_bits(self) -> int:
+        """Bits of the head: 16 where the weights are not quantised at all."""
+        return 16 if self.bits.weights == 16 else self.weights.head_bits
+
+    def override(
+        self,
+        *,
+        bits: str | None = None,
+        transforms: str | None = None,
+        samples: int | None = None,
+        sequence_length: int | None = None,
+        target: str | None = None,
+        verify: str | None = None,
+        seed: int | None = None,
+    ) -> Recipe:
+        """Gives the recipe with the command line's flags in it; None leaves a setting alone.
+
+        Args:
+            bits: `W-A-KV`.
+            transforms: `auto`, `none`, or names with commas between, which are demanded.
+            samples: calibration sequences.
+            sequence_length: tokens of each.
+            target: form of the ONNX file.
+            verify: how much is proved by running it.
+            seed: of every random draw.
+
+        Raises:
+            RecipeError: a value does not exist or is out of range.
+        """
+        changed: dict[str, Any] = {"target": target, "verify": verify, "seed": seed}
+        if bits is not None:
+            changed["bits"] = Bits.parse(bits)
+        if transforms is not None:
+            words = transforms.strip()
+            parts = [part.strip() for part in words.split(",")]
+            simple = words in ("auto", "none")
+            names = read_transforms("--transforms", words if simple else parts)
+            changed["transforms"] = replace(
+                self.transforms, names=names, where_possible=names is None
+            )
+        sizes = {"samples": samples, "length": sequence_length}
+        given = {key: value for key, value in sizes.items() if value is not None}
+        changed["calibration"] = replace(self.calibration, **given)
+        return replace(self, **{key: value for key, value in changed.items() if value is not None})
+
+    def to_toml(self) -> str:
+        """Writes the whole recipe, defaults included; `from_toml` gives an equal one back."""
+        return write_record(self)
+
+    @classmethod
+    def from_toml(cls, text: str, where: str) -> Recipe:
+        """Reads a recipe; what it leaves out has the default value.
+
+        Args:
+            text: the TOML.
+            where: the file's name, for messages, and the recipe's name where it gives none.
+
+        Raises:
+            RecipeError: not TOML, an unknown key, or a value of the wrong type or range.
+        """
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            message = f"{where}: not valid TOML: {error}"
+            raise RecipeError(message) from error
+        table.setdefault("name", Path(where).stem)
+        transforms = table.get("transforms")
+        if isinstance(transforms, dict):
+            auto = transforms.get("names", "auto") == "auto"
+            transforms.setdefault("where_possible", auto)
+        try:
+            return read_record(cls, table)
+        except RecipeError as error:
+            message = f"{where}: {error}"
+            raise RecipeError(message) from error
+
+
+BUILT_IN: Final[Mapping[str, Recipe]] = {
+    "fptquant-local": Recipe(),
+    "rtn": Recipe(
+        name="rtn",
+        transforms=TransformsRecipe(names=(), where_possible=False),
+        local=LocalRecipe(steps=0),
+    ),
+    "quarot-static": Recipe(
+        name="quarot-static",
+        transforms=TransformsRecipe(
+            names=("residual", "value", "hadamard"), where_possible=False, residual_learned=False
+        ),
+        local=LocalRecipe(steps=0),
+    ),
+}
+"""The recipes that `--recipe NAME` knows."""
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Gives a built-in recipe by its name, or reads one from a TOML file.
+
+    Raises:
+        RecipeError: neither a built-in name nor a readable recipe file.
+    """
+    if isinstance(name_or_path, str) and name_or_path in BUILT_IN:
+        return BUILT_IN[name_or_path]
+    path = Path(name_or_path)
+    named_as_file = path.suffix == ".toml" or len(path.parts) > 1
+    if not named_as_file and not path.is_file():
+        hint = nearest(str(name_or_path), BUILT_IN)
+        message = f"no built-in recipe {str(name_or_path)!r}: {hint} (or give a .toml file)"
+        raise RecipeError(message)
+    try:
+        return Recipe.from_toml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        message = f"{path}: cannot read the recipe: {error.strerror or error}"
+        raise RecipeError(message) from error
+    except UnicodeDecodeError as error:
+        message = f"{path}: cannot read the recipe: it is not UTF-8 text"
+        raise RecipeError(message) from error

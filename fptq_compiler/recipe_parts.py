@@ -1,0 +1,200 @@
+"""The parts of a recipe: one frozen record per stage, each checking its own values."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+from fptq_compiler.closed_config import (
+    check_at_least,
+    check_one_of,
+    nearest,
+    read_names,
+    spelled,
+)
+from fptq_compiler.errors import RecipeError
+
+TRANSFORMS: Final = ("residual", "prerope", "value", "updown", "hadamard", "scaling")
+"""The six transforms, in the order in which they are inserted: T_r, T_k, T_v, T_u, T_d, S_n."""
+
+SCALING_PLACES: Final = ("down_proj", "o_proj")
+"""Where S_n may multiply: at the input of the linear that writes into the residual."""
+
+WIDTHS: Final = (4, 8, 16)
+BLOCKS: Final = (0, 32, 64, 128)
+SINKS: Final = ("first-position", "none")
+OBJECTIVES: Final = ("weights", "activations")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How many bits weights, activations and the KV cache get; 16 means not quantised."""
+
+    weights: int = 4
+    activations: int = 8
+    cache: int = 8
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check_one_of(f"bits: {entry.name}", getattr(self, entry.name), WIDTHS)
+
+    @classmethod
+    def parse(cls, text: str) -> Bits:
+        """Reads `W-A-KV`, for example `4-8-8`.
+
+        Raises:
+            RecipeError: it is not three of 4, 8 and 16 with hyphens between.
+        """
+        if not re.fullmatch(r"(4|8|16)-(4|8|16)-(4|8|16)", text):
+            message = (
+                f"bits are {text!r}, expected W-A-KV (weights, activations, KV cache), each "
+                "4, 8 or 16, for example 4-8-8"
+            )
+            raise RecipeError(message)
+        return cls(*(int(part) for part in text.split("-")))
+
+    def __str__(self) -> str:
+        return f"{self.weights}-{self.activations}-{self.cache}"
+
+
+def read_bits(name: str, value: object) -> Bits:
+    """Reads the TOML form of the bits, a string."""
+    if not isinstance(value, str):
+        message = f"{name} is {value!r}, expected a string such as '4-8-8'"
+        raise RecipeError(message)
+    return Bits.parse(value)
+
+
+def read_transforms(name: str, value: object) -> tuple[str, ...] | None:
+    """Reads the TOML form of the transforms: "auto", "none" or a list of names."""
+    if value in ("auto", "none"):
+        return None if value == "auto" else ()
+    if isinstance(value, str):
+        message = f"{name} is {value!r}, expected 'auto', 'none' or a list of names"
+        raise RecipeError(message)
+    return read_names(name, value)
+
+
+def _write_transforms(names: tuple[str, ...] | None) -> object:
+    """Writes what `read_transforms` reads."""
+    return "auto" if names is None else names or "none"
+
+
+@dataclass(frozen=True)
+class TransformsRecipe:
+    """Which transforms are inserted, and how.
+
+    Attributes:
+        names: the transforms demanded; None is "auto" (every one that applies), () is none.
+        where_possible: a transform without a site is reported, not an error.
+        scaling_places: linears whose input S_n multiplies.
+        residual_learned: train T_r; otherwise it stays the Hadamard it starts from.
+    """
+
+    names: tuple[str, ...] | None = field(
+        default=None, metadata=spelled(read_transforms, _write_transforms)
+    )
+    where_possible: bool = True
+    scaling_places: tuple[str, ...] = SCALING_PLACES
+    residual_learned: bool = True
+
+    def __post_init__(self) -> None:
+        for name in self.names or ():
+            if name not in TRANSFORMS:
+                message = f"unknown transform {name!r}: {nearest(name, TRANSFORMS)}"
+                raise RecipeError(message)
+        if self.names is None and not self.where_possible:
+            message = (
+                "transforms: 'auto' takes each transform where it applies and contradicts "
+                "where_possible = false; demand transforms by name instead"
+            )
+            raise RecipeError(message)
+        for place in self.scaling_places:
+            check_one_of("transforms.scaling_places", place, SCALING_PLACES)
+        if self.names is not None:
+            in_order = tuple(name for name in TRANSFORMS if name in self.names)
+            object.__setattr__(self, "names", in_order)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The transforms to look for, in the order of insertion."""
+        return TRANSFORMS if self.names is None else self.names
+
+
+@dataclass(frozen=True)
+class WeightsRecipe:
+    """How weights are rounded.
+
+    Attributes:
+        block: input channels that share a scale; 0 is per output channel.
+        p: power of the norm |w - ŵ|^p that the clip search minimises.
+        embedding_bits: of the embedding table, a scale per row.
+        head_bits: of the head, a scale per output channel.
+    """
+
+    block: int = 0
+    p: float = 2.4
+    embedding_bits: int = 8
+    head_bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_one_of("weights.block", self.block, BLOCKS)
+        check_at_least("weights.p", self.p, 1.0)
+        check_one_of("weights.embedding_bits", self.embedding_bits, WIDTHS)
+        check_one_of("weights.head_bits", self.head_bits, WIDTHS)
+
+
+@dataclass(frozen=True)
+class ActivationsRecipe:
+    """How activation ranges are set.
+
+    Attributes:
+        p: power of the norm |x - x̂|^p that the clip search minimises.
+        sinks: "first-position" leaves the massive activations of the first token out of the
+            range search, "none" searches over every position alike.
+    """
+
+    p: float = 3.0
+    sinks: str = "first-position"
+
+    def __post_init__(self) -> None:
+        check_at_least("activations.p", self.p, 1.0)
+        check_one_of("activations.sinks", self.sinks, SINKS)
+
+
+@dataclass(frozen=True)
+class LocalRecipe:
+    """Stage one: the optimisation of the transforms, without an end-to-end loss.
+
+    Attributes:
+        steps: AdamW steps; 0 leaves the transforms at their start.
+        learning_rate: of AdamW.
+        p: power of the norm of the transformed tensors that is minimised.
+        objective: "weights" (data-free), or "activations" (weights and calibration batches).
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-2
+    p: float = 4.0
+    objective: str = "weights"
+
+    def __post_init__(self) -> None:
+        check_at_least("local.steps", self.steps, 0)
+        if not 0.0 < self.learning_rate < float("inf"):
+            message = f"local.learning_rate is {self.learning_rate!r}, expected a positive number"
+            raise RecipeError(message)
+        check_at_least("local.p", self.p, 1.0)
+        check_one_of("local.objective", self.objective, OBJECTIVES)
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """How much calibration data is taken: `samples` sequences of `length` tokens."""
+
+    samples: int = 8
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        check_at_least("calibration.samples", self.samples, 1)
+        check_at_least("calibration.length", self.length, 2)

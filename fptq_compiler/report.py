@@ -1,0 +1,183 @@
+"""What one compilation did: collected on the way, shown at the end, written as JSON.
+
+Rows hold names and numbers, never tensors or nodes, so that a report outlives its program.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from fptq_compiler.errors import LoweringError
+from fptq_compiler.stage_clock import StageClock
+
+__all__ = [
+    "AuditRow",
+    "Report",
+    "SiteRow",
+    "StageClock",
+    "StageRow",
+    "collect_versions",
+    "write_text_whole",
+]
+
+PACKAGES: Final = (
+    "fptq-compiler",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+)
+
+
+def collect_versions() -> dict[str, str]:
+    """Gives the version of everything that shapes the written file, imported or not."""
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site that was found.
+
+    Attributes:
+        name: with its block's number as a part of its own, for example `blocks.7.attention`.
+        kind: residual, attention, mlp, norm, embedding or head.
+        shape: what the graph said, in words: heads, widths, the layout of RoPE.
+        transforms: those applied (when inspecting: those possible).
+        not_applied: for each of the others, why not.
+    """
+
+    name: str
+    kind: str
+    shape: str
+    transforms: tuple[str, ...] = ()
+    not_applied: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage: wall-clock seconds, and peak resident memory in megabytes of 10^6 bytes."""
+
+    name: str
+    seconds: float
+    peak_rss_mb: float
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One kind of tensor in the written file.
+
+    Attributes:
+        kind: what the tensors are for: linear weights, embedding, head, scales, other.
+        requested: the type that the recipe asks for, for example INT4.
+        written: the type that stands in the file.
+        tensors: how many.
+        bytes: of all of them together, as stored.
+    """
+
+    kind: str
+    requested: str
+    written: str
+    tensors: int
+    bytes: int
+
+    @property
+    def as_requested(self) -> bool:
+        """Whether the file holds what was asked for."""
+        return self.requested == self.written
+
+
+@dataclass
+class Report:
+    """Everything worth knowing about one compilation.
+
+    Attributes:
+        origin: base name of the model file or folder; never a path of this machine.
+        recipe: as TOML, defaults included.
+        seed: of every random draw.
+        versions: package to version.
+        sites: what was found and done, one row a site, in the order of the graph.
+        near_misses: what nearly was a site, one line each: node, reason, source line.
+        stages: in the order in which they ended.
+        curves: loss by step, for each optimisation.
+        audit: the written file's tensors, by kind.
+        size_before: bytes of the parameters as they were read.
+        size_after: bytes of the written file, external data included.
+        parity: figures of the check against ONNX Runtime.
+        decisions: what was chosen where a choice was open, one sentence each.
+        perplexity: by the name of what was evaluated; None unless asked for.
+    """
+
+    origin: str
+    recipe: str = ""
+    seed: int = 0
+    versions: dict[str, str] = field(default_factory=collect_versions)
+    sites: list[SiteRow] = field(default_factory=list)
+    near_misses: list[str] = field(default_factory=list)
+    stages: list[StageRow] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    audit: list[AuditRow] = field(default_factory=list)
+    size_before: int = 0
+    size_after: int = 0
+    parity: dict[str, float | int | str] = field(default_factory=dict)
+    decisions: list[str] = field(default_factory=list)
+    perplexity: dict[str, float] | None = None
+
+    def stage(self, name: str) -> StageClock:
+        """Gives a clock whose row is appended to `stages` when its `with` block ends."""
+        return StageClock(name, self.stages)
+
+    def to_json(self) -> str:
+        """Writes the report as JSON; numbers that JSON lacks become `inf`, `-inf`, `nan`."""
+        return json.dumps(_strict(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def write(self, path: Path) -> None:
+        """Writes the JSON to `path`, whole or not at all.
+
+        Raises:
+            LoweringError: the file cannot be written.
+        """
+        write_text_whole(path, self.to_json() + "\n")
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name beside it and moves it when it is whole.
+
+    Raises:
+        LoweringError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        message = f"{path}: cannot write it: {error.strerror or error}"
+        raise LoweringError(message) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _strict(value: object) -> object:
+    """Gives the same value with only what strict JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _strict(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_strict(entry) for entry in value]
+    return value

@@ -1,0 +1,85 @@
+"""Seconds and peak memory of one stage of the compilation."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+if TYPE_CHECKING:
+    from fptq_compiler.report import StageRow
+
+MEGABYTE: Final = 1e6
+_STATM: Final = Path("/proc/self/statm")
+_INTERVAL: Final = 0.02
+"""Seconds between two samples: a hundredth of the shortest stage worth a look."""
+
+
+def high_water_mark() -> int:
+    """Gives the most resident bytes that the process ever had, or 0 where nobody knows."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Gives the resident bytes of the process now, or 0 where /proc does not say."""
+    try:
+        pages = int(_STATM.read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class StageClock:
+    """Context manager: measures a stage and appends its row, whether or not it succeeds.
+
+    The system keeps one high-water mark for the whole process. Where a stage raises it, the
+    new mark is that stage's exact peak. Otherwise the peak lies below the mark, and a thread
+    that samples /proc/self/statm finds it; where there is no such file, the mark is given,
+    which is then an upper bound. Stages may nest.
+    """
+
+    def __init__(self, name: str, rows: list[StageRow]) -> None:
+        self._name = name
+        self._rows = rows
+        self._sampled = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self._mark = high_water_mark()
+        self._sampled = resident_bytes()
+        if self._sampled:
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        from fptq_compiler.report import StageRow
+
+        seconds = time.perf_counter() - self._start
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+        mark = high_water_mark()
+        sampled = max(self._sampled, resident_bytes())
+        peak = mark if mark > self._mark or not sampled else sampled
+        self._rows.append(StageRow(self._name, seconds, peak / MEGABYTE))
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            self._sampled = max(self._sampled, resident_bytes())

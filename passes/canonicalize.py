@@ -1,0 +1,142 @@
+"""Bring an exported graph to one plain spelling: no wrappers, no casts to the same type.
+
+What goes: grad-mode and autocast wrappers (inlined), metadata assertions, dropout in
+evaluation, copies, slices that take everything. torch.export leaves all of these between the
+operators that patterns look for; torch.onnx drops them too, but later than we match.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph.evaluate import attribute
+from fptq_compiler.graph.pipeline import Pass, PassResult
+from fptq_compiler.graph.program import Program, source_line
+from fptq_compiler.graph.surgery import replace
+
+aten = torch.ops.aten
+CASTS = (
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.to.other,
+)
+COPIES = (
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.dropout.default,
+    aten.native_dropout.default,
+)
+WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+class Canonicalize(Pass):
+    """Inline wrappers and drop operators that change nothing."""
+
+    provides = ("canonical",)
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite the whole graph; see the module docstring."""
+        changed = 0
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and str(node.target) in WRAPPERS:
+                _inline(program.module, node)
+                changed += 1
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and _drop(node):
+                changed += 1
+        _refuse_mutation(program)
+        return PassResult(changed)
+
+
+def _inline(module: GraphModule, node: Node) -> None:
+    """Copy the wrapped submodule's nodes in place of the wrapper."""
+    position = next(
+        i for i, a in enumerate(node.args) if isinstance(a, Node) and _is_graph(module, a)
+    )
+    inner_node = node.args[position]
+    assert isinstance(inner_node, Node)
+    inner = attribute(module, str(inner_node.target))
+    operands = list(node.args[position + 1 :])
+    values: dict[Node, Any] = {}
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    values.update(zip(placeholders, operands, strict=True))
+    results: Any = None
+    with node.graph.inserting_before(node):
+        for inner_step in inner.graph.nodes:
+            if inner_step.op == "placeholder":
+                continue
+            if inner_step.op == "output":
+                results = torch.fx.map_arg(inner_step.args[0], values.__getitem__)
+                continue
+            values[inner_step] = node.graph.node_copy(inner_step, values.__getitem__)
+    for reader in list(node.users):
+        reader.replace_all_uses_with(results[int(reader.args[1])])
+        node.graph.erase_node(reader)
+    node.graph.erase_node(node)
+
+
+def _is_graph(module: GraphModule, node: Node) -> bool:
+    return node.op == "get_attr" and isinstance(
+        attribute(module, str(node.target)), GraphModule
+    )
+
+
+def _drop(node: Node) -> bool:
+    """Erase `node` where it changes nothing; True where it was erased."""
+    if node.target is aten._assert_tensor_metadata.default or node.target in (
+        aten._assert_scalar.default,
+        aten.sym_constrain_range_for_size.default,
+    ):
+        node.graph.erase_node(node)
+        return True
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return False
+    if node.target is aten._unsafe_view.default:
+        node.target = aten.view.default
+        return False
+    dead = (
+        node.target in COPIES
+        or (node.target in CASTS and _same_type(source, node))
+        or (node.target is aten.slice.Tensor and _takes_all(node))
+    )
+    if dead:
+        if node.target is aten.native_dropout.default:
+            return False
+        replace(node, source)
+    return dead
+
+
+def _same_type(source: Node, node: Node) -> bool:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    return before is not None and after is not None and before.dtype == after.dtype
+
+
+def _takes_all(node: Node) -> bool:
+    start = node.args[2] if len(node.args) > 2 else None
+    stop = node.args[3] if len(node.args) > 3 else None
+    step = node.args[4] if len(node.args) > 4 else 1
+    return start in (None, 0) and stop in (None, 2**63 - 1) and step == 1
+
+
+def _refuse_mutation(program: Program) -> None:
+    """In-place operators would make every later rewrite unsafe."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            message = (
+                f"node {node.name} ({node.target}) changes a tensor in place, after "
+                f"functionalisation; expected a functional graph. {source_line(node)}\n"
+                "Write the operation without in-place assignment, or to a buffer outside forward."
+            )
+            raise UnsupportedModelError(message)

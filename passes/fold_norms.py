@@ -1,0 +1,72 @@
+"""Move every norm's gain into the linears that read it: W' = W diag(gain).
+
+Afterwards each norm is scale-free, which T_r needs (a rotation commutes with x / rms(x) but not
+with a gain) and S_n too. The product stands on the weight edge until the one fold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace as replace_record
+
+from torch.fx import Node
+
+from fptq_compiler.graph import ops
+from fptq_compiler.graph.edges import GainEdge, insert_edge
+from fptq_compiler.graph.pipeline import Pass, PassResult
+from fptq_compiler.graph.program import NearMiss, Program, source_line
+from fptq_compiler.passes.linears import is_linear, weight_node
+
+
+class FoldNorms(Pass):
+    """Fold gains whose norm is read by linears alone, each with a weight of its own."""
+
+    requires = ("sites_found",)
+    provides = ("norms_folded",)
+
+    def run(self, program: Program) -> PassResult:
+        """Fold what can be folded; a norm that keeps its gain is a near miss."""
+        changed, misses = 0, []
+        for norm in program.call_nodes(ops.rms_norm):
+            gain = norm.args[1]
+            if not isinstance(gain, Node):
+                continue
+            readers = list(norm.users)
+            stranger = next((r for r in readers if not _folds(r, norm)), None)
+            if stranger is not None:
+                reason = f"the gain stays: {stranger.name} reads the norm and is no plain linear"
+                misses.append(NearMiss("norm", norm.name, reason, source_line(stranger)))
+                _refuse_transforms(program, norm, reason)
+                continue
+            factor = program.parameter(str(gain.target))
+            for reader in readers:
+                name = str(weight_node(reader).target)
+                path = f"edges.gain_{norm.name}.{reader.name}"
+                insert_edge(program, path, name, GainEdge(factor))
+            norm.args = (norm.args[0], None, norm.args[2])
+            changed += 1
+        return PassResult(changed, tuple(misses))
+
+
+def _folds(reader: Node, norm: Node) -> bool:
+    """Whether `reader` is a linear on the norm whose weight no other node reads."""
+    if not is_linear(reader) or reader.args[0] is not norm:
+        return False
+    weight = weight_node(reader)
+    if weight.op != "get_attr":
+        return False
+    same = [
+        n for n in reader.graph.nodes if n.op == "get_attr" and n.target == weight.target
+    ]
+    return sum(len(n.users) for n in same) == 1
+
+
+def _refuse_transforms(program: Program, norm: Node, reason: str) -> None:
+    site = program.sites.residual
+    if site is None or norm.name not in site.norms:
+        return
+    refused = {**site.refused, "residual": reason, "scaling": reason}
+    program.sites = replace_record(
+        program.sites, residual=replace_record(site, refused=refused)
+    )
+
+

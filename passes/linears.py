@@ -1,0 +1,79 @@
+"""What all site finders ask about linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.sites import LinearRef
+
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+# Operators that only move values: a linear behind them still reads the same channels.
+MOVES = (
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.select.int,
+)
+
+
+def is_linear(node: Node) -> bool:
+    """Whether the node is a canonical linear layer."""
+    return node.op == "call_function" and node.target is LINEAR
+
+
+def weight_node(node: Node) -> Node:
+    """The weight argument of a linear or embedding node (a parameter or an edge module)."""
+    argument = node.args[0] if node.target is aten.embedding.default else node.args[1]
+    assert isinstance(argument, Node)
+    return argument
+
+
+def linear_ref(
+    program: Program, node: Node, start: int = 0, stop: int | None = None
+) -> LinearRef | None:
+    """The record of a linear whose weight and bias are parameters; None otherwise."""
+    weight = weight_node(node)
+    bias = node.args[2] if len(node.args) > 2 else None
+    if weight.op != "get_attr" or (isinstance(bias, Node) and bias.op != "get_attr"):
+        return None
+    features = program.parameter(str(weight.target)).shape[0]
+    return LinearRef(
+        node=node.name,
+        weight=str(weight.target),
+        bias=str(bias.target) if isinstance(bias, Node) else None,
+        start=start,
+        stop=features if stop is None else stop,
+        features=features,
+    )
+
+
+def forward_linear(source: Node) -> Node | None:
+    """The one linear that reads `source` behind moves of values; None where there is no one."""
+    current = source
+    while True:
+        readers = [r for r in current.users if r.target is not aten.sym_size.int]
+        linears = [r for r in readers if is_linear(r) and r.args[0] is current]
+        if linears:
+            return linears[0] if len(linears) == 1 else None
+        moves = [r for r in readers if r.target in MOVES]
+        if len(moves) != 1:
+            return None
+        current = moves[0]
+
+
+def site_name(weight: str | None, core: Node, projection: Node) -> str:
+    """The module path that the user knows: of the output weight, else of a projection."""
+    if weight is not None:
+        return ".".join(weight.split(".")[:-2]) or core.name
+    argument = projection.args[1] if is_linear(projection) else None
+    if isinstance(argument, Node) and argument.op == "get_attr":
+        return ".".join(str(argument.target).split(".")[:-2]) or core.name
+    return core.name

