@@ -114,6 +114,7 @@ class Report:
         near_misses: what nearly was a site, one line each: node, reason, source line.
         stages: in the order in which they ended.
         curves: loss by step, for each optimisation.
+        sqnr: signal-to-noise ratio in dB of every quantiser, by parameter or node name.
         audit: the written file's tensors, by kind.
         size_before: bytes of the parameters as they were read.
         size_after: bytes of the written file, external data included.
@@ -130,6 +131,7 @@ class Report:
     near_misses: list[str] = field(default_factory=list)
     stages: list[StageRow] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    sqnr: dict[str, float] = field(default_factory=dict)
     audit: list[AuditRow] = field(default_factory=list)
     size_before: int = 0
     size_after: int = 0

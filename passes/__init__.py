@@ -6,15 +6,30 @@ if __name__ != "fptq_compiler.passes":
     message = "import fptq_compiler.passes, not passes: one module must not be loaded twice"
     raise ImportError(message)
 
+from collections.abc import Collection, Sequence
+
+from fptq_compiler.graph.pipeline import Pass
 from fptq_compiler.passes.canonicalize import Canonicalize
 from fptq_compiler.passes.find_attention import FindAttention
 from fptq_compiler.passes.find_mlp import FindMlp
 from fptq_compiler.passes.find_residual import FindResidual
 from fptq_compiler.passes.fold_constants import FoldConstants
+from fptq_compiler.passes.fold_norms import FoldNorms
+from fptq_compiler.passes.insert_transforms import (
+    InsertHadamard,
+    InsertPrerope,
+    InsertResidual,
+    InsertUpdown,
+    InsertValue,
+)
 from fptq_compiler.passes.raise_attention import RaiseAttention
 from fptq_compiler.passes.raise_norms import RaiseNorms
+from fptq_compiler.passes.scale_residual import ScaleResidual
+from fptq_compiler.passes.untie_embedding import UntieEmbedding
+from fptq_compiler.passes.widen import Widen
 
-FIND_SITES = (
+FIND_SITES: tuple[Pass, ...] = (
+    Widen(),
     Canonicalize(),
     FoldConstants(),
     RaiseNorms(),
@@ -23,3 +38,23 @@ FIND_SITES = (
     FindMlp(),
     FindResidual(),
 )
+
+
+def insertion(
+    transforms: Collection[str], *, seed: int, scaling_places: Sequence[str]
+) -> tuple[Pass, ...]:
+    """The passes that prepare the graph and insert the named transforms, in order."""
+    steps: list[Pass] = [UntieEmbedding(), FoldNorms()]
+    if "scaling" in transforms:
+        steps.append(ScaleResidual(scaling_places))
+    if "residual" in transforms:
+        steps.append(InsertResidual(seed))
+    if "value" in transforms:
+        steps.append(InsertValue(seed))
+    if "prerope" in transforms:
+        steps.append(InsertPrerope())
+    if "updown" in transforms:
+        steps.append(InsertUpdown())
+    if "hadamard" in transforms:
+        steps.append(InsertHadamard())
+    return tuple(steps)

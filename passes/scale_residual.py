@@ -35,7 +35,7 @@ class ScaleResidual(Pass):
     def run(self, program: Program) -> PassResult:
         """Rewrite branch by branch, then the last norm."""
         site = program.sites.residual
-        if site is None or "scaling" in site.refused or "scaled" in program.facts:
+        if site is None or "scaling" in site.refused or program.scaled:
             return PassResult(0)
         nodes = {n.name: n for n in program.graph.nodes}
         attention = {s.o.node for s in program.sites.attention if s.o is not None}
@@ -53,6 +53,7 @@ class ScaleResidual(Pass):
             replace(addition, following)
             stream = following
         _normalize(stream, nodes[site.norms[-1]], S)
+        program.scaled = True
         return PassResult(len(site.norms))
 
 

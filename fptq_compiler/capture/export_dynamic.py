@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,17 +49,11 @@ def export_dynamic(
         {0: Dim.AUTO, 1: Dim.AUTO} if index in dynamic else _static(example)
         for index, example in enumerate(examples)
     )
-    was_training = {name for name, part in module.named_modules() if part.training}
-    module.eval()
     try:
         # Without no_grad, torch wraps parts of some models (RoPE) in an operator that only
         # switches gradients off, and hides their arithmetic in a subgraph.
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(
-                module, examples, dynamic_shapes=shapes, strict=False
-            )
-    except CaptureError:
-        raise
+        with evaluating(module), torch.no_grad():
+            program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the model's code raises
         reason = str(error).strip()[:600] or type(error).__name__
         message = (
@@ -68,11 +61,20 @@ def export_dynamic(
             "tensors by position and must not branch on their values."
         )
         raise CaptureError(message) from error
-    finally:
-        for name, part in module.named_modules():
-            part.training = name in was_training
     _refuse_specialised(program, module, dynamic, origin)
     return program
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Put a module and its parts into evaluation mode, and each back as it was."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def _at_least_two(examples: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -130,18 +132,3 @@ def _refuse_specialised(
                 "Give an example whose batch and sequence differ, or change the forward."
             )
             raise CaptureError(message)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what torch and transformers say to their own developers while exporting."""
-    with warnings.catch_warnings():
-        # torch's pytree registration of a class of transformers, twice.
-        warnings.filterwarnings("ignore", message=r".*is already registered as pytree node.*")
-        # torch.export lists inputs that the graph never reads.
-        warnings.filterwarnings("ignore", message=r".*torch\.tensor results are registered as.*")
-        # Old spellings inside torch itself.
-        warnings.filterwarnings(
-            "ignore", category=FutureWarning, message=r".*LeafSpec.*deprecated.*"
-        )
-        yield

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from fptq_compiler.capture.export_dynamic import export_dynamic
+from fptq_compiler.capture.export_dynamic import evaluating, export_dynamic
 from fptq_compiler.errors import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def load_pretrained(
                 attn_implementation="sdpa",
                 dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the report lists them all
                 **options,
             )
     except Exception as error:  # transformers raises many types for a wrong folder
@@ -125,9 +126,10 @@ def export_causal_lm(
         count = _EXAMPLE_SHAPE[0] * _EXAMPLE_SHAPE[1]
         vocabulary = int(model.config.get_text_config().vocab_size)
         example_ids = (torch.arange(count) % vocabulary).reshape(_EXAMPLE_SHAPE)
-    explicit_mask = _takes_explicit_mask(model, example_ids)
-    wrapper = _CausalLogits(model, explicit_mask=explicit_mask)
-    return export_dynamic(wrapper, (example_ids,), origin=origin)
+    with evaluating(model):
+        explicit_mask = _takes_explicit_mask(model, example_ids)
+        wrapper = _CausalLogits(model, explicit_mask=explicit_mask)
+        return export_dynamic(wrapper, (example_ids,), origin=origin)
 
 
 def generation_start(config: Any) -> int | None:
@@ -152,8 +154,6 @@ def _takes_explicit_mask(model: Any, example_ids: torch.Tensor) -> bool:
     windows = ("sliding_window", "attention_chunk_size", "window_size")
     if kinds != {"full_attention"} or any(getattr(config, name, None) for name in windows):
         return False
-    was_training = model.training
-    model.eval()
     try:
         with torch.no_grad():
             own = _CausalLogits(model, explicit_mask=False)(example_ids)
@@ -161,8 +161,6 @@ def _takes_explicit_mask(model: Any, example_ids: torch.Tensor) -> bool:
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         logger.info("%s takes no mask of its own making: %s", type(model).__name__, error)
         return False
-    finally:
-        model.train(was_training)
     scale = float(own.abs().max())
     return float((own - explicit).abs().max()) <= _AGREEMENT * scale
 
@@ -197,7 +195,7 @@ def _refuse_incomplete(report: Mapping[str, Any], origin: str) -> None:
     """Transformers fills missing parameters with random numbers and only warns: refuse."""
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        entries = sorted(str(entry) for entry in report.get(kind) or ())
+        entries = sorted(_describe_key(entry) for entry in report.get(kind) or ())
         if entries:
             more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
             problems.append(f"{kind.replace('_', ' ')}: {', '.join(entries[:3])}{more}")
@@ -207,6 +205,13 @@ def _refuse_incomplete(report: Mapping[str, Any], origin: str) -> None:
             "Use the config that belongs to these weights."
         )
         raise CaptureError(message)
+
+
+def _describe_key(entry: object) -> str:
+    """A parameter name, with both shapes where they differ."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return f"{entry[0]} (found {list(entry[1])}, expected {list(entry[2])})"
+    return str(entry)
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:

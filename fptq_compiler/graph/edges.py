@@ -150,6 +150,15 @@ def chains(program: Program) -> dict[str, list[Edge]]:
     return found
 
 
+def weight_end(program: Program, node: Node) -> Node | None:
+    """The parameter behind a chain of edges, or None where something else stands there."""
+    while _is_edge(program, node):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return node if node.op == "get_attr" else None
+
+
 def fold(program: Program) -> int:
     """Evaluate every chain of edges in float64 and put the result in the parameter's place.
 

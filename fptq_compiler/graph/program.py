@@ -39,21 +39,21 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class ActivationQuantizer:
-    """A static activation quantiser: the module in the graph, what it reads, and for whom."""
+    """A static activation quantiser: its module, its node in the graph, and its readers."""
 
     module: str
     node: str
     readers: tuple[str, ...]
     role: str  # "linear input" | "head input" | "key" | "value"
     bits: int
-    first_position_factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """A weight quantiser: the parameter, its bits, and the block along the inputs (0: none)."""
+    """A weight quantiser: the parameter, its module, bits, and the block of inputs (0: none)."""
 
     parameter: str
+    module: str
     bits: int
     block: int
     role: str  # "linear" | "head" | "embedding"
@@ -70,6 +70,7 @@ class Program:
         sites: where transforms may act; filled by the pass find_sites.
         near_misses: the closest candidates of what was not found.
         maps: inserted transforms by name, for example `value.model.layers.0.self_attn`.
+        scaled: whether the residual path carries S_n.
         activation_quantizers, weight_quantizers: what place_quantizers put in.
         decisions: what the compiler decided, in words, for the report.
     """
@@ -80,6 +81,7 @@ class Program:
     sites: Sites = field(default_factory=Sites)
     near_misses: list[NearMiss] = field(default_factory=list)
     maps: dict[str, Map] = field(default_factory=dict)
+    scaled: bool = False
     activation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
     weight_quantizers: list[WeightQuantizer] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)

@@ -121,7 +121,8 @@ def plant_constant(parts: Parts, marker: Path) -> str:
 
 
 def plant_opaque_constant(parts: Parts, marker: Path) -> str:
-    edit(parts, CONSTANTS, lambda d: d["config"]["offset"].update(path_name="opaque_obj_0"))
+    opaque = {"path_name": "opaque_obj_0", "use_pickle": True}
+    edit(parts, CONSTANTS, lambda d: d["config"]["offset"].update(opaque))
     parts["data/constants/opaque_obj_0"] = pickle.dumps(Planted(marker))
     return "opaque_obj_0"
 
@@ -140,7 +141,7 @@ def plant_expression(parts: Parts, marker: Path) -> str:
 
 
 def plant_target(parts: Parts, marker: Path) -> str:
-    """torch.load as an operator of the graph, with a path as its argument."""
+    """A function of torch that loads native code, as an operator of the graph."""
     edit(parts, MODEL, lambda d: first_node(d).update(target="torch.ops.load_library"))
     return "load_library"
 
@@ -277,7 +278,7 @@ def test_a_flipped_byte_is_found_by_its_checksum(archive: Path, tmp_path: Path) 
     data[entry.header_offset + 30 + len(entry.filename) + len(entry.extra) + 70] ^= 1
     path = tmp_path / "flipped.pt2"
     path.write_bytes(data)
-    with pytest.raises(CaptureError, match="weight_0.*is damaged"):
+    with pytest.raises(CaptureError, match=r"weight_0.*is damaged"):
         capture(path)
 
 

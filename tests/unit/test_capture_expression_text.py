@@ -61,7 +61,7 @@ def test_sizes_pass(text: str) -> None:
     ],
 )
 def test_code_is_refused(text: object) -> None:
-    with pytest.raises(CaptureError, match="model.json: field 'expr_str' holds") as caught:
+    with pytest.raises(CaptureError, match=r"model\.json: field 'expr_str' holds") as caught:
         check_expression(text, "model.json")
     assert "Export the model again" in str(caught.value)
 

@@ -1,0 +1,66 @@
+"""Token ids to calibrate on: the user's file, the work folder's, or the model's own text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fptq_compiler.graph.program import Program
+from fptq_compiler.progress import Progress
+from fptq_compiler.recipe import Recipe
+from fptq_compiler.text import load_calibration, load_tokenizer, self_generated
+from fptq_compiler.work import WorkFolder
+
+CONTEXT = 24  # tokens that the model looks back while it writes its own text
+
+
+def calibration_ids(
+    program: Program,
+    path: Path | None,
+    tokenizer: Path | None,
+    recipe: Recipe,
+    vocabulary: int,
+    start: int | None,
+    work: WorkFolder,
+    progress: Progress,
+) -> tuple[Tensor, str]:
+    """Ids (samples, length) and where they are from, in words.
+
+    Raises:
+        CaptureError: the file or the tokenizer cannot be read, or does not fit the model.
+    """
+    samples, length = recipe.calibration.samples, recipe.calibration.length
+    if path is not None:
+        needs_text = path.suffix != ".npy" and tokenizer is not None
+        found = load_calibration(
+            path,
+            tokenizer=load_tokenizer(tokenizer) if needs_text and tokenizer else None,
+            samples=samples,
+            length=length,
+            vocabulary=vocabulary,
+        )
+        return found.ids, f"from {found.origin}"
+    kept = work.load_ids()
+    if kept is not None:
+        return kept, "written by the model itself (from the work folder)"
+    progress.start("the model writes its calibration text", length)
+
+    def advance(done: int, total: int) -> None:
+        progress.advance(1)
+
+    with torch.no_grad():
+        found = self_generated(
+            program.run,
+            vocabulary=vocabulary,
+            samples=samples,
+            length=length,
+            seed=recipe.seed,
+            start=start,
+            progress=advance,
+            context=CONTEXT,
+        )
+    progress.done()
+    work.save_ids(found.ids)
+    return found.ids, "written by the model itself"

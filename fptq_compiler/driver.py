@@ -1,0 +1,319 @@
+"""The order of everything: from a captured model to a checked ONNX file and its report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fptq_compiler.calibration import calibration_ids
+from fptq_compiler.capture import capture, load_example_inputs
+from fptq_compiler.capture.source import Captured
+from fptq_compiler.errors import UnsupportedModelError, VerificationError
+from fptq_compiler.graph.pipeline import Pass, run_passes
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.unlift import unlift
+from fptq_compiler.graph.verify import Verifier
+from fptq_compiler.lower import lower
+from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
+from fptq_compiler.optimize.inputs import map_inputs
+from fptq_compiler.optimize.local import optimize_locally
+from fptq_compiler.passes import FIND_SITES, insertion
+from fptq_compiler.passes.fold_transforms import FoldTransforms
+from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
+from fptq_compiler.passes.place_quantizers import PlaceQuantizers
+from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
+from fptq_compiler.progress import Progress, SilentProgress
+from fptq_compiler.recipe import Recipe
+from fptq_compiler.report import Report
+from fptq_compiler.summary import applied_transforms, site_rows
+from fptq_compiler.work import WorkFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compilation needs beside its recipe: where things lie and how much is allowed."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration: Path | None = None
+    tokenizer: Path | None = None
+    device: str = "cpu"
+    work_dir: Path | None = None
+    report: Path | None = None
+    dump_dir: Path | None = None
+    force: bool = False
+    trust_pickle: bool = False
+    example_inputs: Path | None = None
+
+
+def compile_file(model: Path, output: Path, options: Options, progress: Progress) -> Report:
+    """Compile a model file or folder; the command line's work.
+
+    Raises:
+        FptqError: whatever is the user's to mend; see `fptq_compiler.errors`.
+    """
+    report = _new_report(model.name, options.recipe)
+    with report.stage("capture"):
+        examples = load_example_inputs(options.example_inputs) if options.example_inputs else None
+        captured = capture(model, trust_pickle=options.trust_pickle, example_inputs=examples)
+    return _compile(captured, output, options, progress, report)
+
+
+def compile_model(
+    model: nn.Module | ExportedProgram,
+    output: str | Path,
+    *,
+    options: Options | None = None,
+    example_inputs: tuple[Tensor, ...] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compile a module or exported program from Python.
+
+    Args:
+        model: a transformers causal LM, any module (with `example_inputs`), or an export of one.
+        output: the ONNX file to write.
+        options: recipe and files; the default recipe if None.
+        example_inputs: token ids (B, S) and whatever else `forward` takes.
+        progress: listens to long work.
+
+    Raises:
+        FptqError: whatever is the user's to mend.
+    """
+    options = options or Options()
+    report = _new_report(type(model).__name__, options.recipe)
+    with report.stage("capture"):
+        captured = capture(model, example_inputs=example_inputs)
+    return _compile(captured, Path(output), options, progress or SilentProgress(), report)
+
+
+def _new_report(origin: str, recipe: Recipe) -> Report:
+    return Report(origin=origin, recipe=recipe.to_toml(), seed=recipe.seed)
+
+
+def _compile(
+    captured: Captured, output: Path, options: Options, progress: Progress, report: Report
+) -> Report:
+    recipe = options.recipe
+    program = unlift(captured.program)
+    tokenizer = options.tokenizer or captured.tokenizer
+    start = captured.generation_start
+    del captured
+    report.size_before = _parameter_bytes(program)
+    vocabulary = vocabulary_of(program)
+    work = WorkFolder(options.work_dir, recipe, program)
+    if options.dump_dir is not None:
+        options.dump_dir.mkdir(parents=True, exist_ok=True)
+
+    with report.stage("find sites"):
+        verifier = _verifier(program, vocabulary, recipe)
+        _run(program, FIND_SITES, verifier, options)
+        refuse_without_sites(program)
+    with report.stage("insert transforms"):
+        names = recipe.transforms.candidates
+        steps = insertion(names, seed=recipe.seed, scaling_places=recipe.transforms.scaling_places)
+        _run(program, steps, verifier, options)
+        _refuse_missing(program, recipe)
+    needs_ids = recipe.bits.activations != 16 or recipe.bits.cache != 16
+    needs_ids |= recipe.local.objective == "activations" and recipe.local.steps > 0
+    ids = None
+    if needs_ids:
+        with report.stage("calibration tokens"):
+            ids, origin = calibration_ids(
+                program, options.calibration, tokenizer, recipe, vocabulary, start, work, progress
+            )
+            report.decisions.append(
+                f"calibrated on {ids.shape[0]} x {ids.shape[1]} tokens, {origin}"
+            )
+    with report.stage("local optimisation"):
+        report.curves.update(_optimize(program, recipe, ids, work, progress))
+    with report.stage("fold"):
+        _run(program, (FoldTransforms(),), verifier, options)
+    del verifier
+    with report.stage("quantise"):
+        _quantize(program, recipe, ids, options, progress, report)
+    report.sites = site_rows(program, possible=False)
+    report.near_misses = [str(m) for m in program.near_misses]
+    report.decisions = program.decisions + report.decisions
+    lower(program, output, recipe, report, probe=_probe(ids, vocabulary, recipe),
+          force=options.force, progress=progress)
+    if options.report is not None:
+        report.write(options.report)
+    return report
+
+
+def _verifier(program: Program, vocabulary: int, recipe: Recipe) -> Verifier | None:
+    if recipe.verify == "off":
+        return None
+    tokens = 64 if recipe.verify == "full" else 16
+    return Verifier(program, vocabulary, recipe.seed, tokens=tokens)
+
+
+def _run(
+    program: Program, steps: tuple[Pass, ...], verifier: Verifier | None, options: Options
+) -> None:
+    observe = None
+    if verifier is not None:
+        def observe(step: Pass, result: object) -> None:
+            verifier.check(program, step, result)  # type: ignore[arg-type]
+    run_passes(program, steps, observe=observe, dump_dir=options.dump_dir)
+
+
+def _optimize(
+    program: Program, recipe: Recipe, ids: Tensor | None, work: WorkFolder, progress: Progress
+) -> dict[str, list[float]]:
+    """Local optimisation, or its result from the work folder."""
+    if not program.maps or recipe.local.steps == 0:
+        return {}
+    curves = work.load_maps(program)
+    if curves is None:
+        activations = None
+        if recipe.local.objective == "activations" and ids is not None:
+            activations = map_inputs(program, [ids])
+        curves = optimize_locally(
+            program,
+            steps=recipe.local.steps,
+            learning_rate=recipe.local.learning_rate,
+            p=recipe.local.p,
+            residual_learned=recipe.transforms.residual_learned,
+            seed=recipe.seed,
+            progress=progress,
+            activations=activations,
+        )
+        work.save_maps(program, curves)
+    return curves
+
+
+def _quantize(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    options: Options,
+    progress: Progress,
+    report: Report,
+) -> None:
+    place = PlaceQuantizers(
+        weights=recipe.bits.weights,
+        activations=recipe.bits.activations,
+        cache=recipe.bits.cache,
+        block=recipe.weights.block,
+        embedding_bits=recipe.embedding_bits,
+        head_bits=recipe.head_bits,
+    )
+    _run(program, (place,), None, options)
+    report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
+    steps: list[Pass] = []
+    if program.activation_quantizers:
+        assert ids is not None
+        found = calibrate_activations(
+            program, list(ids.split(1)), p=recipe.activations.p, sinks=recipe.activations.sinks,
+            progress=progress,
+        )
+        report.sqnr.update(found.sqnr)
+        steps.append(ProtectFirstPosition(found.first_position))
+        report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
+    program.facts.add("calibrated")
+    _run(program, (*steps, FreezeQuantizers()), None, options)
+
+
+def _sink_words(sinks: str, factors: dict[str, float]) -> str:
+    if sinks == "none":
+        return "first-token sinks: not treated, one static range for all positions"
+    if not factors:
+        return "first-token sinks: none found, position 0 is like the others"
+    listed = ", ".join(f"{name} (1/{1 / factor:.0f})" for name, factor in factors.items())
+    return (
+        f"first-token sinks: position 0 has a static range of its own at {len(factors)} linear "
+        f"inputs: {listed}"
+    )
+
+
+def _probe(ids: Tensor | None, vocabulary: int, recipe: Recipe) -> Tensor:
+    """Token ids (2, 32) for the comparison with ONNX Runtime."""
+    if ids is not None and ids.shape[0] > 1:
+        return ids[:2, :32]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return torch.randint(vocabulary, (2, 32), generator=generator)
+
+
+def _parameter_bytes(program: Program) -> int:
+    unique = {p.data_ptr(): p.numel() * p.element_size() for p in program.module.parameters()}
+    return sum(unique.values())
+
+
+def vocabulary_of(program: Program) -> int:
+    """Rows of the first embedding table.
+
+    Raises:
+        UnsupportedModelError: nothing embeds token ids.
+    """
+    for node in program.call_nodes(torch.ops.aten.embedding.default):
+        table = node.args[0]
+        if isinstance(table, torch.fx.Node):
+            return int(table.meta["val"].shape[0])
+    message = (
+        "the graph embeds no token ids, so there is no transformer language model in it; "
+        "expected an embedding, attention and linear layers"
+    )
+    raise UnsupportedModelError(message)
+
+
+def refuse_without_sites(program: Program) -> None:
+    """Raise UnsupportedModelError where neither attention nor an MLP was found."""
+    if not program.sites.attention and not program.sites.mlp:
+        message = (
+            "no attention and no MLP was found in the graph, expected a transformer; "
+            "run fptq-inspect for what came closest"
+        )
+        raise UnsupportedModelError(message, [str(m) for m in program.near_misses])
+
+
+def _refuse_missing(program: Program, recipe: Recipe) -> None:
+    if recipe.transforms.where_possible:
+        return
+    applied = applied_transforms(program)
+    missing = [n for n in recipe.transforms.candidates if n not in applied]
+    if missing:
+        message = (
+            f"the recipe demands {', '.join(missing)}, which no site of this model allows; "
+            "leave it out of --transforms, or use --transforms auto"
+        )
+        raise UnsupportedModelError(message, [str(m) for m in program.near_misses])
+
+
+def inspect_file(
+    model: Path, *, trust_pickle: bool = False, example_inputs: Path | None = None
+) -> Report:
+    """Find the sites of a model and what they allow, without compiling it."""
+    report = Report(origin=model.name)
+    examples = load_example_inputs(example_inputs) if example_inputs else None
+    with report.stage("capture"):
+        captured = capture(model, trust_pickle=trust_pickle, example_inputs=examples)
+    program = unlift(captured.program)
+    report.size_before = _parameter_bytes(program)
+    with report.stage("find sites"):
+        run_passes(program, FIND_SITES)
+    refuse_without_sites(program)
+    report.sites = site_rows(program, possible=True)
+    report.near_misses = [str(m) for m in program.near_misses]
+    return report
+
+
+def original_logits(
+    model: Path, *, trust_pickle: bool = False
+) -> tuple[Callable[[Tensor], Tensor], Path | None]:
+    """The unquantised model as a function of token ids, and where its tokenizer lies."""
+    captured = capture(model, trust_pickle=trust_pickle)
+    program = unlift(captured.program)
+    return program.run, captured.tokenizer
+
+
+__all__ = [
+    "Options", "compile_file", "compile_model", "inspect_file", "original_logits",
+]

@@ -1,0 +1,93 @@
+"""From a frozen program to a checked file: translate, pack, write, count kernels, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fptq_compiler.errors import VerificationError
+from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.audit import audit
+from fptq_compiler.lower.contract import contract_of, optimized_kernels
+from fptq_compiler.lower.export import to_onnx
+from fptq_compiler.lower.packing import pack_int4
+from fptq_compiler.lower.parity import check_parity
+from fptq_compiler.lower.targets import qdq
+from fptq_compiler.lower.write import publish, save, staging
+from fptq_compiler.progress import Progress
+from fptq_compiler.recipe import Recipe
+from fptq_compiler.report import Report
+
+
+def lower(
+    program: Program,
+    output: Path,
+    recipe: Recipe,
+    report: Report,
+    *,
+    probe: Tensor,
+    force: bool,
+    progress: Progress,
+) -> None:
+    """Write `output` and fill the report's audit, parity and sizes.
+
+    Args:
+        program: frozen, or in float throughout.
+        output: the ONNX file; it appears whole or not at all.
+        recipe: what was asked for; it travels in the file's metadata.
+        report: gets stages, audit, parity and sizes.
+        probe: token ids (B, S) for the comparison with ONNX Runtime.
+        force: write the file although it fails the check, and say so.
+        progress: one step a stage.
+
+    Raises:
+        LoweringError: the file cannot be made, loaded or written.
+        VerificationError: it is not the program; nothing is written.
+    """
+    progress.start("lowering to ONNX", 3)
+    with staging(output) as folder:
+        staged = folder / output.name
+        with report.stage("lower"):
+            model = to_onnx(program, integer_activations=recipe.bits.activations != 16)
+            pack_int4(model)
+            report.audit = audit(program, model)
+            save(model, staged, _metadata(report, recipe), qdq.IR_VERSION)
+            del model
+            progress.advance(1, "written")
+        with report.stage("check against ONNX Runtime"):
+            kernels, int4 = optimized_kernels(staged, folder)
+            failures = contract_of(program).check(kernels, int4)
+            progress.advance(1, "kernels counted")
+            parity = check_parity(program, staged, probe, folder)
+            failures += parity.failures()
+            report.parity.update(parity.to_dict())
+            report.parity["kernels"] = ", ".join(f"{n} {k}" for k, n in kernels.most_common())
+            progress.advance(1, "compared")
+        failures += [
+            f"{row.kind}: asked for {row.requested}, the file holds {row.written}"
+            for row in report.audit
+            if not row.as_requested
+        ]
+        if failures and not force:
+            lines = "\n".join(f"  {f}" for f in failures)
+            message = (
+                f"the written file is not what was compiled, so nothing was written:\n{lines}\n"
+                "Report this with the model; --force writes the file all the same."
+            )
+            raise VerificationError(message)
+        report.decisions += [f"WRITTEN BY --force ALTHOUGH: {f}" for f in failures]
+        report.size_after = publish(staged, output)
+    progress.done()
+
+
+def _metadata(report: Report, recipe: Recipe) -> dict[str, str]:
+    """What travels in the file: recipe, seed, versions, origin."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    return {
+        "fptq.recipe": recipe.to_toml(),
+        "fptq.seed": str(recipe.seed),
+        "fptq.versions": versions,
+        "fptq.origin": report.origin,
+        "fptq.target": recipe.target,
+    }

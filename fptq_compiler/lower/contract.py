@@ -1,0 +1,109 @@
+"""What ONNX Runtime must make of the file: its own optimised graph, counted.
+
+A file that loads and is right but runs its weights in float is not what was asked for; the
+optimised graph says which kernels will run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime
+
+from fptq_compiler.errors import LoweringError
+from fptq_compiler.graph import ops
+from fptq_compiler.graph.program import Program
+
+INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The counts that a target demands of the optimised graph."""
+
+    integer_linears: int
+    block_linears: int
+
+    def check(self, kernels: Counter[str], int4_dequantized: int) -> list[str]:
+        """The broken promises, in words; empty where the graph is as it should be."""
+        broken = []
+        integer = sum(kernels[k] for k in INTEGER_KERNELS)
+        if integer != self.integer_linears:
+            broken.append(
+                f"{integer} fused integer matmuls ({', '.join(INTEGER_KERNELS)}), expected "
+                f"{self.integer_linears}, one for each quantised linear"
+            )
+        if kernels["MatMulNBits"] != self.block_linears:
+            broken.append(
+                f"{kernels['MatMulNBits']} MatMulNBits, expected {self.block_linears}, one for "
+                "each weight-only linear"
+            )
+        if int4_dequantized:
+            broken.append(
+                f"{int4_dequantized} DequantizeLinear read an INT4 weight on every run, "
+                "expected none"
+            )
+        return broken
+
+
+def contract_of(program: Program) -> Contract:
+    """Read off the frozen program which linears are quantised how."""
+    integer = block = 0
+    for node in program.call_nodes(ops.linear):
+        bits, size = node.args[4], node.args[5]
+        quantized = getattr(node.args[0], "target", None) is ops.fake_quantize
+        if quantized and not size:
+            integer += 1
+        elif bits == 4:
+            block += 1
+    return Contract(integer, block)
+
+
+def session_options(*, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options that every session of ours uses: weight-only matmuls in full precision.
+
+    ONNX Runtime's own default, accuracy level 4, quantises activations to INT8 on the fly.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def optimized_kernels(path: Path, folder: Path) -> tuple[Counter[str], int]:
+    """Kernel counts of the optimised graph, and how many dequantise an INT4 initialiser.
+
+    Raises:
+        LoweringError: ONNX Runtime cannot load the file; its message is quoted.
+    """
+    optimized = folder / "optimized.onnx"
+    options = session_options()
+    options.optimized_model_filepath = str(optimized)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", "optimized.data"
+    )
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    try:
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        message = f"ONNX Runtime {onnxruntime.__version__} cannot load the written file: {error}"
+        raise LoweringError(message) from error
+    model = ir.load(optimized)
+    kernels: Counter[str] = Counter()
+    int4 = 0
+    for node in model.graph:
+        kernels[node.op_type] += 1
+        if node.op_type == "DequantizeLinear":
+            source = node.inputs[0]
+            value = source.const_value if source is not None else None
+            int4 += value is not None and value.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+    optimized.unlink()
+    (folder / "optimized.data").unlink(missing_ok=True)
+    return kernels, int4

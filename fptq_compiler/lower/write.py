@@ -1,0 +1,89 @@
+"""Write the file whole or not at all: a temporary folder beside the output, then a move."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from fptq_compiler.errors import LoweringError
+
+EXTERNAL_ABOVE = 1_900_000_000  # protobuf ends at 2 GiB
+
+
+@contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """A folder beside the output that is gone afterwards, whatever happens.
+
+    Raises:
+        LoweringError: the output's folder does not exist or cannot be written to.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        message = (
+            f"cannot write to {output.parent}: {error.strerror}; expected an existing folder "
+            "with write permission and free space"
+        )
+        raise LoweringError(message) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(
+    model: ir.Model,
+    path: Path,
+    metadata: Mapping[str, str],
+    ir_version: int,
+    external_above: int = EXTERNAL_ABOVE,
+) -> None:
+    """Write a model with its metadata, weights beside it where it is too large for one file.
+
+    Raises:
+        LoweringError: the folder is full, or the ONNX checker finds the model malformed.
+    """
+    model.ir_version = ir_version
+    model.producer_name = "fptq-compiler"
+    model.metadata_props.update(metadata)
+    size = sum(
+        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+    )
+    try:
+        if size > external_above:
+            ir.save(model, path, external_data=f"{path.name}.data")
+        else:
+            ir.save(model, path)
+    except OSError as error:
+        message = f"cannot write {path.name} ({size / 1e6:.0f} MB): {error.strerror}"
+        raise LoweringError(message) from error
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        message = f"the ONNX checker refuses the model: {error}"
+        raise LoweringError(message) from error
+
+
+def publish(staged: Path, output: Path) -> int:
+    """Move the finished file, and its external data, to the output; gives the bytes.
+
+    The data file goes first, so that a model never stands without its weights.
+    """
+    size = 0
+    data = staged.with_name(f"{staged.name}.data")
+    try:
+        for source, target in ((data, output.with_name(data.name)), (staged, output)):
+            if source.exists():
+                size += source.stat().st_size
+                os.replace(source, target)
+    except OSError as error:
+        message = f"cannot move the finished file to {output}: {error.strerror}"
+        raise LoweringError(message) from error
+    return size

@@ -1,0 +1,149 @@
+"""Find the ranges: of weights from the weights, of activations from calibration tokens.
+
+Activations go through the model block by block, in float, all batches at once, so that memory
+grows with a block and not with the model. At every quantiser the values of all tokens are kept
+until its range is found, then dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fptq_compiler.graph.blocks import BlockRunner
+from fptq_compiler.graph.evaluate import Environment, run_node
+from fptq_compiler.graph.program import ActivationQuantizer, Program
+from fptq_compiler.progress import Progress
+from fptq_compiler.quant.grid import fake_quantize
+from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
+from fptq_compiler.quant.ranges import activation_range, weight_scale
+from fptq_compiler.quant.sqnr import sqnr
+
+SINK_RATIO = 4.0  # first position this many times wider than all others: it gets its own range
+
+
+@dataclass
+class Calibration:
+    """What was found: signal-to-noise in dB by quantiser, and sink factors by node name."""
+
+    sqnr: dict[str, float] = field(default_factory=dict)
+    first_position: dict[str, float] = field(default_factory=dict)
+
+
+def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[str, float]:
+    """Search every weight's scale; gives the signal-to-noise ratio in dB by parameter."""
+    found: dict[str, float] = {}
+    progress.start("weight ranges", len(program.weight_quantizers))
+    with torch.no_grad():
+        for record in program.weight_quantizers:
+            module = program.module.get_submodule(record.module)
+            assert isinstance(module, WeightFakeQuantizer)
+            weight = program.parameter(record.parameter).float()
+            module.set_scale(weight_scale(weight, module.grid, module.granularity, p))
+            found[record.parameter] = sqnr(weight, module(weight))
+            progress.advance(1, record.parameter)
+    progress.done()
+    return found
+
+
+class _Collector:
+    """A block runner's step: quantisers pass their input on and keep it."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._weights = {q.module for q in program.weight_quantizers}
+        self._records = {q.module: q for q in program.activation_quantizers}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def __call__(self, node: Node, environment: Environment) -> object:
+        if node.op == "call_module" and node.target in self._weights:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            return self._load(source, environment)
+        if node.op == "call_module" and node.target in self._records:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            value = environment[source]
+            self.kept.setdefault(str(node.target), []).append(value.detach())
+            return value
+        return run_node(self._program.module, node, environment, None)
+
+    def _load(self, source: Node, environment: Environment) -> object:
+        if source.op == "get_attr":
+            return self._program.parameter(str(source.target))
+        return environment[source]
+
+
+def calibrate_activations(
+    program: Program,
+    batches: Sequence[Tensor],
+    *,
+    p: float,
+    sinks: str,
+    progress: Progress,
+) -> Calibration:
+    """Set the range of every activation quantiser.
+
+    Args:
+        program: with quantisers placed; weights in float are used.
+        batches: token ids (B, S) each.
+        p: the norm that the clip search minimises.
+        sinks: "first-position" gives position 0 a static factor of its own where it is much
+            wider than the rest; "none" does not.
+        progress: one step a block.
+
+    Returns:
+        Signal-to-noise ratios, and for each quantiser node that needs it the power of two by
+        which position 0 is to be multiplied.
+    """
+    result = Calibration()
+    collector = _Collector(program)
+    runner = BlockRunner(program, batches)
+    records = {q.module: q for q in program.activation_quantizers}
+    progress.start("activation ranges", len(runner.blocks))
+    for block in runner.blocks:
+        runner.run_block(block, collector)
+        for path, kept in collector.kept.items():
+            _set_range(program, records[path], torch.cat(kept), p, sinks, result)
+        collector.kept.clear()
+        progress.advance(1, block.name)
+    progress.done()
+    program.facts.add("calibrated")
+    return result
+
+
+def _set_range(
+    program: Program,
+    record: ActivationQuantizer,
+    values: Tensor,
+    p: float,
+    sinks: str,
+    result: Calibration,
+) -> None:
+    module = program.module.get_submodule(record.module)
+    assert isinstance(module, ActivationFakeQuantizer)
+    factor = 1.0
+    if sinks == "first-position" and record.role == "linear input" and values.shape[1] > 1:
+        factor = sink_factor(values)
+    if factor != 1.0:
+        values = values.clone()
+        values[:, 0] *= factor
+        result.first_position[record.node] = factor
+    with torch.no_grad():
+        scale, zero_point = activation_range(values, module.grid, p)
+        module.set_range(scale, zero_point)
+        quantized = fake_quantize(values, module.scale, module.zero_point, module.grid)
+        result.sqnr[record.node] = sqnr(values, quantized)
+
+
+def sink_factor(values: Tensor) -> float:
+    """The power of two that brings position 0 of (B, S, C) to the range of all others, or 1."""
+    first = float(values[:, 0].abs().max())
+    rest = float(values[:, 1:].abs().max())
+    if not first > SINK_RATIO * rest or rest == 0.0:
+        return 1.0
+    return float(2.0 ** torch.floor(torch.log2(torch.tensor(rest / first))).item())

@@ -1,0 +1,202 @@
+"""Stage one of FPTQuant: minimise the L_p norm of the transformed weights, before any data.
+
+    minimise Σ over transformed weights of (mean |W̃|^p)^(1/p), p = 4     (arXiv 2506.04985)
+
+The rotation of the residual stream is read by every weight; it is optimised first, on a fixed
+sample of vectors of every weight that it touches. Then every attention and MLP by itself. With
+calibration activations their norms are added: the values that enter each quantiser count like
+one more weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fptq_compiler.errors import OptimizationError
+from fptq_compiler.graph.edges import Edge, WeightEdge, chains
+from fptq_compiler.graph.program import Program
+from fptq_compiler.progress import Progress
+from fptq_compiler.transforms import Map, Side
+from fptq_compiler.transforms.dense import shared_evaluation
+
+VECTORS = 256  # of each weight, for the residual rotation
+Curves = dict[str, list[float]]
+Activations = Mapping[str, Tensor]
+
+
+def lp_norm(x: Tensor, p: float) -> Tensor:
+    """(mean |x|^p)^(1/p), in float32, stable for large values."""
+    peak = x.detach().abs().max().clamp_min(1e-12)
+    return (x / peak).abs().pow(p).mean().pow(1.0 / p) * peak
+
+
+def optimize_locally(
+    program: Program,
+    *,
+    steps: int,
+    learning_rate: float,
+    p: float,
+    residual_learned: bool,
+    seed: int,
+    progress: Progress,
+    activations: Activations | None = None,
+) -> Curves:
+    """Train all maps that have parameters; gives the loss curve of each group.
+
+    Args:
+        program: with maps inserted and weights not folded.
+        steps: optimiser steps for each group; 0 leaves everything as it is.
+        learning_rate: of AdamW, without weight decay.
+        p: the norm.
+        residual_learned: whether T_r is trained or stays the random Hadamard.
+        seed: of the sampled vectors.
+        progress: one step a group.
+        activations: by map name, values (n, channels) that its IN side sees untransformed.
+
+    Raises:
+        OptimizationError: a loss is not finite; the message names the map.
+    """
+    if steps == 0:
+        return {}
+    groups = _groups(program)
+    residual = program.maps.get("residual")
+    train_residual = residual_learned and residual is not None
+    progress.start("local optimisation", len(groups) + int(train_residual))
+    curves: Curves = {}
+    plan = chains(program)
+    if train_residual:
+        assert residual is not None
+        vectors = _residual_vectors(program, plan, residual, seed)
+        curves["residual"] = _train_residual(
+            residual, vectors, steps, learning_rate, p, seed, progress
+        )
+    for site, names in groups.items():
+        curves[site] = _train_site(
+            program, plan, names, steps, learning_rate, p, activations or {}
+        )
+        progress.advance(1, f"{site}: {curves[site][0]:.4f} -> {curves[site][-1]:.4f}")
+    progress.done()
+    return curves
+
+
+def _groups(program: Program) -> dict[str, list[str]]:
+    """The trainable maps by site: `value.X` and `prerope.X` share the weights of one attention."""
+    groups: dict[str, list[str]] = {}
+    for name, transform in program.maps.items():
+        kind, _, site = name.partition(".")
+        if kind != "residual" and any(True for _ in transform.parameters()):
+            groups.setdefault(site, []).append(name)
+    return groups
+
+
+def _apply(edges: Sequence[Edge], weight: Tensor) -> Tensor:
+    for edge in edges:
+        weight = edge(weight)
+    return weight
+
+
+@torch.no_grad()
+def _residual_vectors(
+    program: Program, plan: Mapping[str, list[Edge]], residual: Map, seed: int
+) -> list[Tensor]:
+    """For each weight on the stream, up to VECTORS vectors (n, d) that the rotation will turn."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for name, edges in plan.items():
+        mine = [e for e in edges if isinstance(e, WeightEdge) and e.transform is residual]
+        weight = program.parameter(name)
+        if not mine or weight.dim() != 2:
+            continue
+        others = [e for e in edges if e not in mine]
+        port = mine[0].port
+        out = port.side is Side.OUT
+        if port.side is Side.TABLE or (not others and weight.shape[0] > 8 * VECTORS):
+            rows = torch.randperm(weight.shape[0], generator=generator)[:VECTORS]
+            found.append(weight[rows])
+            continue
+        value = _apply(others, weight)
+        value = value.t()[:, port.start : port.stop] if out else value
+        rows = torch.randperm(value.shape[0], generator=generator)[:VECTORS]
+        found.append(value[rows].clone())
+    return found
+
+
+def _train_residual(
+    residual: Map,
+    vectors: Sequence[Tensor],
+    steps: int,
+    learning_rate: float,
+    p: float,
+    seed: int,
+    progress: Progress,
+) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        residual.parameters(), lr=learning_rate / 10, weight_decay=0.0
+    )
+    count = min(v.shape[0] for v in vectors)
+    stacked = torch.stack([v[:count] for v in vectors])  # (weights, n, d)
+    curve = []
+    progress.start("residual rotation", steps)
+    for _ in range(steps):
+        chosen = torch.randperm(count, generator=generator)[: max(1, count // 8)]
+        batch = stacked[:, chosen]
+        turned = residual.right(batch)
+        loss = torch.stack([lp_norm(w, p) for w in turned]).sum()
+        _step(optimizer, loss, "residual")
+        curve.append(float(loss.detach()))
+        progress.advance(1)
+    progress.done()
+    progress.advance(1, "residual")
+    return curve
+
+
+def _train_site(
+    program: Program,
+    plan: Mapping[str, list[Edge]],
+    names: Sequence[str],
+    steps: int,
+    learning_rate: float,
+    p: float,
+    activations: Activations,
+) -> list[float]:
+    """Train the maps of one site on its own weights; what comes before them is constant."""
+    maps = nn.ModuleList([program.maps[n] for n in names])
+    trained = set(maps)
+    terms: list[tuple[Tensor, list[Edge]]] = []
+    for parameter, edges in plan.items():
+        first = next(
+            (i for i, e in enumerate(edges) if isinstance(e, WeightEdge) and e.transform in trained),
+            None,
+        )
+        weight = program.parameter(parameter)
+        if first is None or weight.dim() != 2:
+            continue
+        with torch.no_grad():
+            terms.append((_apply(edges[:first], weight).detach(), list(edges[first:])))
+    inputs = [(program.maps[n], activations[n]) for n in names if n in activations]
+    optimizer = torch.optim.AdamW(maps.parameters(), lr=learning_rate, weight_decay=0.0)
+    curve = []
+    for _ in range(steps):
+        with shared_evaluation(maps):
+            losses = [lp_norm(_apply(edges, weight), p) for weight, edges in terms]
+            losses += [lp_norm(transform.right(x), p) for transform, x in inputs]
+            loss = torch.stack(losses).sum()
+            _step(optimizer, loss, names[0])
+        curve.append(float(loss.detach()))
+    return curve
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(loss)):
+        message = (
+            f"the local loss of {name} is {float(loss.detach())}, expected a finite number; "
+            "check its weights, or lower [local] learning_rate"
+        )
+        raise OptimizationError(message)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()

@@ -1,0 +1,87 @@
+"""What was found and done, as rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.sites import AttentionSite
+from fptq_compiler.recipe import TRANSFORMS
+from fptq_compiler.report import SiteRow
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "residual": ("residual", "scaling"),
+    "attention": ("prerope", "value"),
+    "mlp": ("updown", "hadamard"),
+}
+
+
+def applied_transforms(program: Program) -> dict[str, int]:
+    """How many sites each transform was applied at; only those that were."""
+    counts = dict.fromkeys(TRANSFORMS, 0)
+    for name in program.maps:
+        counts[name.partition(".")[0]] += 1
+    if program.scaled:
+        counts["scaling"] = 1
+    return {name: count for name, count in counts.items() if count}
+
+
+def site_rows(program: Program, *, possible: bool) -> list[SiteRow]:
+    """One row a site: with `possible`, the transforms that could be applied, else that were."""
+    rows = []
+    residual = program.sites.residual
+    if residual is not None:
+        shape = (
+            f"width {residual.width}, {len(residual.norms)} norms, "
+            f"{'tied' if residual.tied else 'untied'} head"
+        )
+        rows.append(_row(program, "residual", "residual", shape, residual.refused, possible))
+    for attention in program.sites.attention:
+        shape = _attention_shape(attention)
+        rows.append(
+            _row(program, attention.name, "attention", shape, attention.refused, possible)
+        )
+    for mlp in program.sites.mlp:
+        gated = f"gated by {mlp.activation}" if mlp.gate is not None else mlp.activation
+        shape = f"width {mlp.width}, {gated}"
+        rows.append(_row(program, mlp.name, "mlp", shape, mlp.refused, possible))
+    return rows
+
+
+def _attention_shape(site: AttentionSite) -> str:
+    rope = site.rope
+    words = "RoPE not recognised"
+    if rope is not None and not rope.pairs:
+        words = "no RoPE"
+    elif rope is not None:
+        words = f"RoPE {rope.style}"
+        if rope.passthrough:
+            words += f" on {2 * len(rope.pairs)} of {site.head_dim} channels"
+    return f"{site.heads} heads, {site.kv_heads} KV, dim {site.head_dim}, {words}"
+
+
+def _row(
+    program: Program,
+    name: str,
+    kind: str,
+    shape: str,
+    refused: Mapping[str, str],
+    possible: bool,
+) -> SiteRow:
+    applied, missing = [], {}
+    for transform in KINDS[kind]:
+        if transform in refused:
+            missing[transform] = refused[transform]
+        elif possible or _has(program, transform, name):
+            applied.append(transform)
+        else:
+            missing[transform] = "not asked for"
+    return SiteRow(name, kind, shape, tuple(applied), missing)
+
+
+def _has(program: Program, transform: str, site: str) -> bool:
+    if transform == "scaling":
+        return program.scaled
+    return (transform if transform == "residual" else f"{transform}.{site}") in program.maps
+
+

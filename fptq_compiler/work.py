@@ -1,0 +1,111 @@
+"""The work folder: what a stopped compilation had finished, so that the next one goes on there.
+
+Each result carries the fingerprint of the model and the recipe that it belongs to; anything else
+in the folder is left alone and not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fptq_compiler.errors import LoweringError
+from fptq_compiler.graph.program import Program
+from fptq_compiler.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+SAMPLES = 1024
+
+
+class WorkFolder:
+    """Results by name in one folder; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, recipe: Recipe, program: Program) -> None:
+        """Make the folder.
+
+        Raises:
+            LoweringError: it cannot be made.
+        """
+        self._folder = folder
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"cannot make the work folder {folder}: {error.strerror}"
+            raise LoweringError(message) from error
+        self._fingerprint = fingerprint(recipe, program)
+
+    def load_ids(self) -> Tensor | None:
+        """Token ids of an earlier run, or None."""
+        path = self._path("calibration", "npy")
+        if path is None or not path.exists():
+            return None
+        logger.info("calibration tokens from %s", path.name)
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+
+    def save_ids(self, ids: Tensor) -> None:
+        """Keep token ids."""
+        path = self._path("calibration", "npy")
+        if path is not None:
+            partial = path.with_name(f"{path.stem}.partial.npy")
+            np.save(partial, ids.numpy(), allow_pickle=False)
+            os.replace(partial, path)
+
+    def load_maps(self, program: Program) -> dict[str, list[float]] | None:
+        """Put trained maps back; gives their learning curves, or None where there are none."""
+        path = self._path("maps", "safetensors")
+        if path is None or not path.exists():
+            return None
+        try:
+            state = load_file(path)
+            with safe_open(path, "pt") as opened:
+                curves = json.loads(opened.metadata()["curves"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read (%s); optimising again", path.name, error)
+            return None
+        for name, transform in program.maps.items():
+            prefix = f"{name}/"
+            mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            transform.load_state_dict(mine)
+        logger.info("trained transforms from %s", path.name)
+        return dict(curves)
+
+    def save_maps(self, program: Program, curves: dict[str, list[float]]) -> None:
+        """Keep trained maps and their curves."""
+        path = self._path("maps", "safetensors")
+        if path is None:
+            return
+        state = {
+            f"{name}/{key}": value.contiguous().clone()
+            for name, transform in program.maps.items()
+            for key, value in transform.state_dict().items()
+        }
+        partial = path.with_suffix(".partial")
+        save_file(state, partial, {"curves": json.dumps(curves)})
+        os.replace(partial, path)
+
+    def _path(self, name: str, suffix: str) -> Path | None:
+        if self._folder is None:
+            return None
+        return self._folder / f"{name}-{self._fingerprint}.{suffix}"
+
+
+def fingerprint(recipe: Recipe, program: Program) -> str:
+    """Of the recipe, and of names, shapes and sampled values of the parameters."""
+    digest = hashlib.sha256(recipe.to_toml().encode())
+    for name, value in program.module.named_parameters(remove_duplicate=False):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLES)].float().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""Replace fake quantisers by what ships: integer codes for weights, literals for activations.
+
+A weight quantiser and its linear become `fptq.linear` on codes (K, N); an embedding becomes
+`fptq.embedding` on codes (V, d). The codes come from the function that training used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from fptq_compiler.graph import ops
+from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
+from fptq_compiler.graph.program import Program, WeightQuantizer
+from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
+from fptq_compiler.quant.grid import round_zero_point
+from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
+
+aten = torch.ops.aten
+
+
+class FreezeQuantizers(Pass):
+    """After this the program is the integer model, and `Program.run` is its reference."""
+
+    requires = ("quantizers_placed", "calibrated", "folded")
+    provides = ("frozen",)
+    effect = Effect.APPROXIMATES
+
+    @torch.no_grad()
+    def run(self, program: Program) -> PassResult:
+        """Freeze weights, then activations."""
+        modules = {n.target: n for n in program.graph.nodes if n.op == "call_module"}
+        for quantizer in program.weight_quantizers:
+            if quantizer.module in modules:
+                _freeze_weight(program, quantizer, modules[quantizer.module])
+        for record in program.activation_quantizers:
+            node = modules.get(record.module)
+            if node is None:
+                continue
+            module = program.module.get_submodule(record.module)
+            assert isinstance(module, ActivationFakeQuantizer)
+            zero_point = round_zero_point(module.zero_point, module.grid)
+            arguments = (node.args[0], module.scale.item(), int(zero_point.item()), record.bits)
+            frozen = call(program.graph, node, ops.fake_quantize, arguments, like=node,
+                          name=f"{node.name}_frozen")
+            replace(node, frozen)
+        return PassResult(len(modules))
+
+
+def _freeze_weight(program: Program, quantizer: WeightQuantizer, edge: Node) -> None:
+    module = program.module.get_submodule(quantizer.module)
+    assert isinstance(module, WeightFakeQuantizer)
+    weight = program.parameter(quantizer.parameter)
+    codes, scale = module.codes(weight), module.scale.detach()
+    embeds = quantizer.role == "embedding"
+    codes_name, scale_name = f"{quantizer.parameter}_codes", f"{quantizer.parameter}_scale"
+    set_parameter(program.module, codes_name, codes if embeds else codes.t().contiguous())
+    set_parameter(program.module, scale_name, scale if embeds else scale.t().contiguous())
+    for reader in list(edge.users):
+        stored = get_parameter(program.graph, reader, codes_name, program.parameter(codes_name))
+        steps = get_parameter(program.graph, reader, scale_name, program.parameter(scale_name))
+        if reader.target is aten.embedding.default:
+            arguments: tuple[object, ...] = (reader.args[1], stored, steps, quantizer.bits)
+            frozen = call(program.graph, reader, ops.embedding, arguments, like=reader)
+        else:
+            bias = reader.args[2] if len(reader.args) > 2 else None
+            arguments = (reader.args[0], stored, steps, bias, quantizer.bits, quantizer.block)
+            frozen = call(program.graph, reader, ops.linear, arguments, like=reader,
+                          name=f"{reader.name}_frozen")
+        replace(reader, frozen)

@@ -1,0 +1,125 @@
+"""Put quantisers where the settings W-A-KV ask for them; their ranges come later.
+
+Weights: every linear layer per output channel or block, the head with its own bits, the
+embedding per row. Activations: the input of every linear (one quantiser where several read the
+same tensor), the head's with 8 bits at least. KV: the keys after RoPE and the values, in front
+of attention.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+import torch
+from fptq_compiler.graph import ops
+from fptq_compiler.graph.edges import weight_end
+from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
+from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
+from fptq_compiler.graph.surgery import add_module, call_module
+from fptq_compiler.passes.linears import MOVES
+from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
+
+aten = torch.ops.aten
+FLOAT_BITS = 16
+
+
+class PlaceQuantizers(Pass):
+    """Insert fake quantisers; bits of 16 mean none."""
+
+    requires = ("sites_found",)
+    provides = ("quantizers_placed",)
+    effect = Effect.APPROXIMATES
+
+    def __init__(self, *, weights: int, activations: int, cache: int, block: int,
+                 embedding_bits: int, head_bits: int) -> None:
+        self.weights = weights
+        self.activations = activations
+        self.cache = cache
+        self.block = block
+        self.embedding_bits = embedding_bits
+        self.head_bits = head_bits
+
+    def run(self, program: Program) -> PassResult:
+        """Weights first, then linear inputs, then keys and values."""
+        if "quantizers_placed" in program.facts:
+            return PassResult(0)
+        heads = head_linears(program)
+        linears = program.call_nodes(aten.linear.default)
+        for node in linears:
+            is_head = node in heads
+            bits = self.head_bits if is_head else self.weights
+            if self.weights != FLOAT_BITS and bits != FLOAT_BITS:
+                block = 0 if is_head else self.block
+                _place_weight(program, node, 1, bits, block, "head" if is_head else "linear")
+        if self.weights != FLOAT_BITS and self.embedding_bits != FLOAT_BITS:
+            for node in program.call_nodes(aten.embedding.default):
+                _place_weight(program, node, 0, self.embedding_bits, 0, "embedding")
+        if self.activations != FLOAT_BITS:
+            self._place_inputs(program, linears, heads)
+        if self.cache != FLOAT_BITS:
+            for core in program.call_nodes(ops.attention):
+                for position, role in ((1, "key"), (2, "value")):
+                    source = core.args[position]
+                    assert isinstance(source, Node)
+                    _place_activation(program, source, [core], self.cache, role)
+        return PassResult(len(program.weight_quantizers) + len(program.activation_quantizers))
+
+    def _place_inputs(self, program: Program, linears: list[Node], heads: set[Node]) -> None:
+        sources: dict[Node, list[Node]] = {}
+        for node in linears:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            sources.setdefault(source, []).append(node)
+        for source, readers in sources.items():
+            is_head = any(r in heads for r in readers)
+            bits = max(self.activations, 8) if is_head else self.activations
+            role = "head input" if is_head else "linear input"
+            _place_activation(program, source, readers, bits, role)
+
+
+def head_linears(program: Program) -> set[Node]:
+    """The linears whose output is the model's output, behind moves of values at most."""
+    found: set[Node] = set()
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        while node.target in (*MOVES, aten.to.dtype, aten.mul.Tensor, aten.div.Tensor):
+            node = node.all_input_nodes[0]
+        if node.target is aten.linear.default:
+            found.add(node)
+    return found
+
+
+def _place_weight(program: Program, reader: Node, position: int, bits: int, block: int,
+                  role: str) -> None:
+    argument = reader.args[position]
+    assert isinstance(argument, Node)
+    end = weight_end(program, argument)
+    if end is None:
+        return
+    name, shape = str(end.target), program.parameter(str(end.target)).shape
+    if any(q.parameter == name for q in program.weight_quantizers):
+        return
+    path = f"weight_quantizers.{name.replace('.', '_')}"
+    add_module(program.module, path, WeightFakeQuantizer(bits, shape, block))
+    edge = call_module(program.graph, reader, path, (argument,), like=argument)
+    for user in list(argument.users):
+        if user is not edge:
+            user.replace_input_with(argument, edge)
+            if user < edge:
+                user.prepend(edge)
+    program.weight_quantizers.append(WeightQuantizer(name, path, bits, block, role))
+
+
+def _place_activation(program: Program, source: Node, readers: list[Node], bits: int,
+                      role: str) -> None:
+    path = f"activation_quantizers.{source.name}"
+    if role in ("key", "value"):
+        path = f"{path}_{role}"
+    add_module(program.module, path, ActivationFakeQuantizer(bits))
+    first = min(readers)
+    edge = call_module(program.graph, first, path, (source,), like=source)
+    for reader in readers:
+        reader.replace_input_with(source, edge)
+    program.activation_quantizers.append(
+        ActivationQuantizer(path, edge.name, tuple(r.name for r in readers), role, bits)
+    )
