@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 from fptq_compiler.calibration import calibration_ids
 from fptq_compiler.capture import capture, load_example_inputs
 from fptq_compiler.capture.source import Captured
-from fptq_compiler.errors import UnsupportedModelError, VerificationError
-from fptq_compiler.graph.pipeline import Pass, run_passes
+from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier
@@ -25,8 +25,9 @@ from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
 from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.fold_transforms import FoldTransforms
+from fptq_compiler.passes.freeze_online import FreezeOnline
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
-from fptq_compiler.passes.place_quantizers import PlaceQuantizers
+from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
@@ -111,36 +112,19 @@ def _compile(
     if options.dump_dir is not None:
         options.dump_dir.mkdir(parents=True, exist_ok=True)
 
-    with report.stage("find sites"):
-        verifier = _verifier(program, vocabulary, recipe)
-        _run(program, FIND_SITES, verifier, options)
-        refuse_without_sites(program)
-    with report.stage("insert transforms"):
-        names = recipe.transforms.candidates
-        steps = insertion(names, seed=recipe.seed, scaling_places=recipe.transforms.scaling_places)
-        _run(program, steps, verifier, options)
-        _refuse_missing(program, recipe)
-    needs_ids = recipe.bits.activations != 16 or recipe.bits.cache != 16
-    needs_ids |= recipe.local.objective == "activations" and recipe.local.steps > 0
-    ids = None
-    if needs_ids:
+    def tokens() -> Tensor:
         with report.stage("calibration tokens"):
             ids, origin = calibration_ids(
                 program, options.calibration, tokenizer, recipe, vocabulary, start, work, progress
             )
-            report.decisions.append(
-                f"calibrated on {ids.shape[0]} x {ids.shape[1]} tokens, {origin}"
-            )
-    with report.stage("local optimisation"):
-        report.curves.update(_optimize(program, recipe, ids, work, progress))
-    with report.stage("fold"):
-        _run(program, (FoldTransforms(),), verifier, options)
-    del verifier
-    with report.stage("quantise"):
-        _quantize(program, recipe, ids, options, progress, report)
-    report.sites = site_rows(program, possible=False)
-    report.near_misses = [str(m) for m in program.near_misses]
-    report.decisions = program.decisions + report.decisions
+        report.decisions.append(f"calibrated on {ids.shape[0]} x {ids.shape[1]} tokens, {origin}")
+        return ids
+
+    ids = tokens() if needs_calibration(recipe) else None
+    quantize_program(
+        program, recipe, ids, report=report, progress=progress, work=work,
+        dump_dir=options.dump_dir,
+    )
     lower(program, output, recipe, report, probe=_probe(ids, vocabulary, recipe),
           force=options.force, progress=progress)
     if options.report is not None:
@@ -148,30 +132,80 @@ def _compile(
     return report
 
 
-def _verifier(program: Program, vocabulary: int, recipe: Recipe) -> Verifier | None:
-    if recipe.verify == "off":
-        return None
-    tokens = 64 if recipe.verify == "full" else 16
-    return Verifier(program, vocabulary, recipe.seed, tokens=tokens)
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether anything is found from activations."""
+    if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS:
+        return True
+    return recipe.local.objective == "activations" and recipe.local.steps > 0
+
+
+def quantize_program(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    *,
+    report: Report,
+    progress: Progress,
+    work: WorkFolder | None = None,
+    dump_dir: Path | None = None,
+) -> None:
+    """Everything between capture and lowering: sites, transforms, training, fold, quantisers.
+
+    Args:
+        program: as `unlift` gives it; frozen in place.
+        recipe: what to do.
+        ids: calibration tokens (samples, length); None where nothing needs them.
+        report: gets stages, sites, decisions, curves.
+        progress: listens.
+        work: keeps what is finished, for a run that goes on.
+        dump_dir: an existing folder for the graph after each pass.
+    """
+    verifier: Verifier | None = None
+    with report.stage("find sites"):
+        if recipe.verify != "off":
+            tokens = 64 if recipe.verify == "full" else 16
+            verifier = Verifier(program, vocabulary_of(program), recipe.seed, tokens=tokens)
+        _run(program, FIND_SITES, verifier, dump_dir)
+        refuse_without_sites(program)
+    with report.stage("insert transforms"):
+        names = recipe.transforms.candidates
+        steps = insertion(names, seed=recipe.seed, scaling_places=recipe.transforms.scaling_places)
+        _run(program, steps, verifier, dump_dir)
+        _refuse_missing(program, recipe)
+    with report.stage("local optimisation"):
+        report.curves.update(_optimize(program, recipe, ids, work, progress))
+    with report.stage("fold"):
+        _run(program, (FoldTransforms(), FreezeOnline()), verifier, dump_dir)
+    if verifier is not None:
+        report.preserved.update(verifier.errors)
+    with report.stage("quantise"):
+        _quantize(program, recipe, ids, dump_dir, progress, report)
+    report.sites = site_rows(program, possible=False)
+    report.near_misses = [str(m) for m in program.near_misses]
+    report.decisions = program.decisions + report.decisions
 
 
 def _run(
-    program: Program, steps: tuple[Pass, ...], verifier: Verifier | None, options: Options
+    program: Program, steps: tuple[Pass, ...], verifier: Verifier | None, dump_dir: Path | None
 ) -> None:
-    observe = None
-    if verifier is not None:
-        def observe(step: Pass, result: object) -> None:
-            verifier.check(program, step, result)  # type: ignore[arg-type]
-    run_passes(program, steps, observe=observe, dump_dir=options.dump_dir)
+    def observe(step: Pass, result: PassResult) -> None:
+        if verifier is not None:
+            verifier.check(program, step, result)
+
+    run_passes(program, steps, observe=observe, dump_dir=dump_dir)
 
 
 def _optimize(
-    program: Program, recipe: Recipe, ids: Tensor | None, work: WorkFolder, progress: Progress
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    work: WorkFolder | None,
+    progress: Progress,
 ) -> dict[str, list[float]]:
     """Local optimisation, or its result from the work folder."""
     if not program.maps or recipe.local.steps == 0:
         return {}
-    curves = work.load_maps(program)
+    curves = work.load_maps(program) if work is not None else None
     if curves is None:
         activations = None
         if recipe.local.objective == "activations" and ids is not None:
@@ -186,7 +220,8 @@ def _optimize(
             progress=progress,
             activations=activations,
         )
-        work.save_maps(program, curves)
+        if work is not None:
+            work.save_maps(program, curves)
     return curves
 
 
@@ -194,7 +229,7 @@ def _quantize(
     program: Program,
     recipe: Recipe,
     ids: Tensor | None,
-    options: Options,
+    dump_dir: Path | None,
     progress: Progress,
     report: Report,
 ) -> None:
@@ -206,7 +241,7 @@ def _quantize(
         embedding_bits=recipe.embedding_bits,
         head_bits=recipe.head_bits,
     )
-    _run(program, (place,), None, options)
+    _run(program, (place,), None, dump_dir)
     report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
     steps: list[Pass] = []
     if program.activation_quantizers:
@@ -219,7 +254,7 @@ def _quantize(
         steps.append(ProtectFirstPosition(found.first_position))
         report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
     program.facts.add("calibrated")
-    _run(program, (*steps, FreezeQuantizers()), None, options)
+    _run(program, (*steps, FreezeQuantizers()), None, dump_dir)
 
 
 def _sink_words(sinks: str, factors: dict[str, float]) -> str:

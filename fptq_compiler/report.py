@@ -114,6 +114,7 @@ class Report:
         near_misses: what nearly was a site, one line each: node, reason, source line.
         stages: in the order in which they ended.
         curves: loss by step, for each optimisation.
+        preserved: relative error of the logits in float64 after each pass that preserves them.
         sqnr: signal-to-noise ratio in dB of every quantiser, by parameter or node name.
         audit: the written file's tensors, by kind.
         size_before: bytes of the parameters as they were read.
@@ -131,6 +132,7 @@ class Report:
     near_misses: list[str] = field(default_factory=list)
     stages: list[StageRow] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
+    preserved: dict[str, float] = field(default_factory=dict)
     sqnr: dict[str, float] = field(default_factory=dict)
     audit: list[AuditRow] = field(default_factory=list)
     size_before: int = 0

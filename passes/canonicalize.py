@@ -33,9 +33,8 @@ COPIES = (
     aten.alias.default,
     aten.detach.default,
     aten.lift_fresh_copy.default,
-    aten.dropout.default,
-    aten.native_dropout.default,
 )
+DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
 WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
@@ -55,6 +54,7 @@ class Canonicalize(Pass):
             if node.op == "call_function" and _drop(node):
                 changed += 1
         _refuse_mutation(program)
+        _refuse_dropout(program)
         return PassResult(changed)
 
 
@@ -107,12 +107,11 @@ def _drop(node: Node) -> bool:
         return False
     dead = (
         node.target in COPIES
+        or (node.target is aten.dropout.default and not node.args[2])
         or (node.target in CASTS and _same_type(source, node))
         or (node.target is aten.slice.Tensor and _takes_all(node))
     )
     if dead:
-        if node.target is aten.native_dropout.default:
-            return False
         replace(node, source)
     return dead
 
@@ -138,5 +137,17 @@ def _refuse_mutation(program: Program) -> None:
                 f"node {node.name} ({node.target}) changes a tensor in place, after "
                 f"functionalisation; expected a functional graph. {source_line(node)}\n"
                 "Write the operation without in-place assignment, or to a buffer outside forward."
+            )
+            raise UnsupportedModelError(message)
+
+
+def _refuse_dropout(program: Program) -> None:
+    """A model that was exported in training mode computes something else on every run."""
+    for node in program.graph.nodes:
+        if node.target in DROPOUTS:
+            message = (
+                f"node {node.name} ({node.target}) drops values at random: the model was exported "
+                f"in training mode, expected evaluation. {source_line(node)}\n"
+                "Call model.eval() before torch.export.export."
             )
             raise UnsupportedModelError(message)

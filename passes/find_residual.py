@@ -54,13 +54,29 @@ class FindResidual(Pass):
         return PassResult(0)
 
 
+def _start(program: Program, embedding: Node) -> Node:
+    """The embedding, or its product with one number (Gemma's sqrt(d)): a map commutes with it."""
+    current = embedding
+    while True:
+        readers = [r for r in current.users if r.target is not aten.sym_size.int]
+        if len(readers) != 1 or readers[0].target not in (aten.mul.Tensor, aten.div.Tensor):
+            return current
+        factor = readers[0].args[1]
+        if isinstance(factor, Node) and (
+            factor.op != "get_attr" or program.parameter(str(factor.target)).numel() != 1
+        ):
+            return current
+        current = readers[0]
+
+
 def _follow(program: Program, embedding: Node) -> ResidualSite:
-    stream: list[Node] = [embedding]
+    start = _start(program, embedding)
+    stream: list[Node] = [start]
     norms: list[Node] = []
     branches: list[Branch] = []
     writers: list[LinearRef] = []
     readers: list[LinearRef] = []
-    current: Node | None = embedding
+    current: Node | None = start
     head: LinearRef | None = None
     while current is not None:
         following, norm = _readers_of(current)

@@ -40,7 +40,8 @@ class FreezeQuantizers(Pass):
             module = program.module.get_submodule(record.module)
             assert isinstance(module, ActivationFakeQuantizer)
             zero_point = round_zero_point(module.zero_point, module.grid)
-            arguments = (node.args[0], module.scale.item(), int(zero_point.item()), record.bits)
+            scale, zero = module.scale.item(), int(zero_point.item())
+            arguments = (node.args[0], scale, zero, record.bits, record.role)
             frozen = call(program.graph, node, ops.fake_quantize, arguments, like=node,
                           name=f"{node.name}_frozen")
             replace(node, frozen)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from fptq_compiler.graph.edges import insert_map, insert_online
+from fptq_compiler.graph.edges import insert_map, insert_online, is_online
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.sites import LinearRef
@@ -153,10 +154,15 @@ class InsertHadamard(Pass):
         changed = 0
         for site in program.sites.mlp:
             name = f"hadamard.{site.name}"
-            if "hadamard" in site.refused or name in program.maps:
+            down = program.node(site.down.node)
+            source = down.args[0]
+            assert isinstance(source, Node)
+            if "hadamard" in site.refused or is_online(program, source):
                 continue
-            transform = Hadamard(site.width)
-            insert_map(program, name, transform, [Port(site.down.weight, Side.IN, False)])
-            insert_online(program, name, transform, program.node(site.down.node))
+            if name not in program.maps:
+                into = Port(site.down.weight, Side.IN, False)
+                insert_map(program, name, Hadamard(site.width), [into])
+            # Layers that share their weights share the map, and each computes it online.
+            insert_online(program, name, program.maps[name], down)
             changed += 1
         return PassResult(changed)

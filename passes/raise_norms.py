@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
-from fptq_compiler.graph.patterns import Alt, Commutes, Match, NoMatch, Op, Var, match
+from fptq_compiler.graph.patterns import Alt, Commutes, Match, NoMatch, Op, Var, deepest, match
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import NearMiss, Program, source_line
 from fptq_compiler.graph.surgery import call, replace
@@ -29,10 +29,12 @@ SQUARE = Alt(
 MEAN = Op((aten.mean.dim,), (SQUARE, Var("axes"), Var("keep")))
 SHIFTED = Commutes((aten.add.Tensor, aten.add.Scalar), MEAN, Var("epsilon"))
 ROOT = Op((aten.sqrt.default,), (SHIFTED,))
+RECIPROCAL = Op((aten.reciprocal.default,), (ROOT,))
 INVERSE = Alt(
     (
         Op((aten.rsqrt.default,), (SHIFTED,)),
-        Op((aten.reciprocal.default,), (ROOT,)),
+        RECIPROCAL,
+        Op(MULTIPLY, (RECIPROCAL, Var("one"))),  # how 1 / sqrt(...) is exported
         Op((aten.pow.Tensor_Scalar,), (SHIFTED, Var("root_power"))),
         Op((aten.div.Tensor,), (Var("one"), ROOT)),
     )
@@ -61,7 +63,7 @@ class RaiseNorms(Pass):
                 changed += _raise_operator(node)
             elif node.target in (aten.mul.Tensor, aten.div.Tensor):
                 found = match(NORM, node)
-                if isinstance(found, Match) and _sound(found, node):
+                if isinstance(found, Match) and not _unsound(found, node):
                     matched.update(found.nodes)
                     _raise_spelling(found, node)
                     changed += 1
@@ -89,18 +91,22 @@ def _raise_operator(node: Node) -> int:
     return 1
 
 
-def _sound(found: Match, node: Node) -> bool:
-    """The numbers: the last axis, kept, squared, and a literal epsilon."""
+def _unsound(found: Match, node: Node) -> str:
+    """What is wrong with the numbers, or nothing: the last axis, kept, squared, and so on."""
     rank = node.meta["val"].dim()
     bindings = found.bindings
-    return (
-        [a % rank for a in bindings["axes"]] == [rank - 1]
-        and bindings["keep"] is True
-        and bindings.get("power", 2) == 2
-        and bindings.get("root_power", -0.5) == -0.5
-        and bindings.get("one", 1) == 1
-        and isinstance(bindings["epsilon"], float)
+    checks = (
+        ([a % rank for a in bindings["axes"]] == [rank - 1],
+         f"the mean is over axes {bindings['axes']}, expected the last"),
+        (bindings["keep"] is True, "the mean drops its axis"),
+        (bindings.get("power", 2) == 2, f"the power is {bindings.get('power')}, expected 2"),
+        (bindings.get("root_power", -0.5) == -0.5,
+         f"the power of the mean is {bindings.get('root_power')}, expected -0.5"),
+        (bindings.get("one", 1) == 1, f"the root divides {bindings.get('one')}, expected 1"),
+        (isinstance(bindings["epsilon"], float),
+         f"epsilon is {bindings['epsilon']}, expected a literal"),
     )
+    return next((reason for holds, reason in checks if not holds), "")
 
 
 def _raise_spelling(found: Match, node: Node) -> None:
@@ -153,12 +159,21 @@ def _take_gain(program: Program, norm: Node) -> None:
 
 
 def _reason(node: Node) -> str:
-    """The deepest failure of the norm pattern around an inverse root."""
-    failures = [match(NORM, reader) for reader in node.users]
-    found = [f for f in failures if isinstance(f, NoMatch)]
-    if not found:
-        return "an inverse square root that no product reads"
-    worst = max(found, key=lambda f: f.depth)
-    return f"not an RMSNorm: {worst.reason}"
-
-
+    """The deepest failure of the norm pattern behind an inverse root."""
+    failure = NoMatch("no product reads the inverse root", node, -1)
+    frontier, seen = list(node.users), set()
+    while frontier:
+        reader = frontier.pop()
+        if reader in seen or len(seen) > 8:
+            continue
+        seen.add(reader)
+        if reader.target in (aten.reciprocal.default, *MULTIPLY):
+            frontier.extend(reader.users)
+        if reader.target not in (aten.mul.Tensor, aten.div.Tensor):
+            continue
+        found = match(NORM, reader)
+        if isinstance(found, NoMatch):
+            failure = deepest(failure, found)
+        else:
+            return f"not an RMSNorm: {_unsound(found, reader)}"
+    return f"not an RMSNorm: {failure.reason}"

@@ -107,6 +107,13 @@ def insert_online(program: Program, name: str, transform: Map, reader: Node) -> 
     return edge
 
 
+def is_online(program: Program, node: Node) -> bool:
+    """Whether the node is a map that is computed at run time."""
+    if node.op != "call_module":
+        return False
+    return isinstance(program.module.get_submodule(str(node.target)), OnlineEdge)
+
+
 def _is_edge(program: Program, node: Node) -> bool:
     if node.op != "call_module":
         return False

@@ -45,7 +45,10 @@ def run_node(
 
     def load(argument: Node) -> Any:
         if argument.op == "get_attr":
-            return _in_precision(attribute(module, str(argument.target)), dtype)
+            found = attribute(module, str(argument.target))
+            if dtype is not None and isinstance(found, fx.GraphModule):
+                return _subgraph(found, dtype)
+            return _in_precision(found, dtype)
         return environment[argument]
 
     args = fx.map_arg(node.args, load)
@@ -64,6 +67,15 @@ def run_node(
         return args[0]
     message = f"node {node.name} has the unexpected kind {node.op}"
     raise ValueError(message)
+
+
+def _subgraph(module: fx.GraphModule, dtype: torch.dtype) -> Callable[..., Any]:
+    """What a wrapper operator (grad mode off) calls, in another precision throughout."""
+
+    def call(*inputs: Any) -> Any:
+        return run(module, inputs, dtype=dtype)
+
+    return call
 
 
 def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:

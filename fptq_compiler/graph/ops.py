@@ -7,6 +7,7 @@ see these and not the dozen spellings that stand in exported models.
     rms_norm        x (..., d), gain (d,) or None                 -> (..., d)
     attention       q (B, H, S, D), k v (B, H_kv, T, D), mask      -> (B, H, S, D)
     fake_quantize   x any shape, scalar scale and zero-point       -> x's shape
+                    (role: "linear input", "head input", "key" or "value", for the target)
     linear          x (..., K), integer codes (K, N), scale        -> (..., N)
     embedding       ids (...), integer codes (V, d), scale (V,)    -> (..., d)
 """
@@ -65,25 +66,24 @@ def _attention(
     return mixed.reshape(batch, heads, queries, v.shape[-1])
 
 
-def _fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+def _fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int, role: str) -> Tensor:
     step = torch.tensor(scale, dtype=torch.float32, device=x.device)
     zero = torch.tensor(float(zero_point), dtype=torch.float32, device=x.device)
     return fake_quantize_on_grid(x, step, zero, Grid(bits, symmetric=False))
 
 
-def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: int) -> Tensor:
     """Codes (K, N) times scale: (N,) per channel, or (ceil(K / block), N) per block of K."""
     values = codes.to(dtype)
-    if scale.dim() == 1:
+    if not block:
         return values * scale.to(dtype)
-    block = -(-codes.shape[0] // scale.shape[0])
     return values * scale.to(dtype).repeat_interleave(block, 0)[: codes.shape[0]]
 
 
 def _linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, block: int
 ) -> Tensor:
-    y = torch.matmul(x, dequantize_weight(codes, scale, x.dtype))
+    y = torch.matmul(x, dequantize_weight(codes, scale, x.dtype, block))
     return y if bias is None else y + bias
 
 
@@ -134,7 +134,7 @@ attention = _define(
 )
 fake_quantize = _define(
     "fake_quantize",
-    "(Tensor x, float scale, int zero_point, int bits) -> Tensor",
+    "(Tensor x, float scale, int zero_point, int bits, str role) -> Tensor",
     _fake_quantize,
 )
 linear = _define(

@@ -49,7 +49,7 @@ def lower(
     with staging(output) as folder:
         staged = folder / output.name
         with report.stage("lower"):
-            model = to_onnx(program, integer_activations=recipe.bits.activations != 16)
+            model = to_onnx(program)
             pack_int4(model)
             report.audit = audit(program, model)
             save(model, staged, _metadata(report, recipe), qdq.IR_VERSION)

@@ -17,6 +17,7 @@ import onnxruntime
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.targets.qdq import forms_of
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Contract:
     """The counts that a target demands of the optimised graph."""
 
     integer_linears: int
-    block_linears: int
+    weight_only_linears: int
 
     def check(self, kernels: Counter[str], int4_dequantized: int) -> list[str]:
         """The broken promises, in words; empty where the graph is as it should be."""
@@ -38,9 +39,9 @@ class Contract:
                 f"{integer} fused integer matmuls ({', '.join(INTEGER_KERNELS)}), expected "
                 f"{self.integer_linears}, one for each quantised linear"
             )
-        if kernels["MatMulNBits"] != self.block_linears:
+        if kernels["MatMulNBits"] != self.weight_only_linears:
             broken.append(
-                f"{kernels['MatMulNBits']} MatMulNBits, expected {self.block_linears}, one for "
+                f"{kernels['MatMulNBits']} MatMulNBits, expected {self.weight_only_linears}, one for "
                 "each weight-only linear"
             )
         if int4_dequantized:
@@ -53,27 +54,27 @@ class Contract:
 
 def contract_of(program: Program) -> Contract:
     """Read off the frozen program which linears are quantised how."""
-    integer = block = 0
+    forms = forms_of(program)
+    integer = weight_only = 0
     for node in program.call_nodes(ops.linear):
-        bits, size = node.args[4], node.args[5]
-        quantized = getattr(node.args[0], "target", None) is ops.fake_quantize
-        if quantized and not size:
+        bits, block = node.args[4], node.args[5]
+        if forms.integer_linears or (bits == 8 and not block and forms.quantized_activations):
             integer += 1
-        elif bits == 4:
-            block += 1
-    return Contract(integer, block)
+        elif bits == 4 or block:
+            weight_only += 1
+    return Contract(integer, weight_only)
 
 
-def session_options(*, threads: int | None = None) -> onnxruntime.SessionOptions:
+def session_options(*, accuracy_level: int = 1) -> onnxruntime.SessionOptions:
     """Options that every session of ours uses: weight-only matmuls in full precision.
 
     ONNX Runtime's own default, accuracy level 4, quantises activations to INT8 on the fly.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.add_session_config_entry(
+        "session.qdq_matmulnbits_accuracy_level", str(accuracy_level)
+    )
     return options
 
 

@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 
 from fptq_compiler.errors import LoweringError
+from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets import qdq
 
 
-class _Positional(nn.Module):
-    """The program's module with only its logits as output."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.program_module = program.module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The first output of the graph."""
-        found = self.program_module(*inputs)
-        return found[0] if isinstance(found, (tuple, list)) else found
-
-
-def to_onnx(program: Program, *, integer_activations: bool) -> ir.Model:
+def to_onnx(program: Program) -> ir.Model:
     """Translate the program, with symbolic batch and sequence where it has them.
 
     Raises:
         LoweringError: torch.export or torch.onnx refuses the graph; the cause is quoted.
     """
-    example = [
-        torch.zeros([d if isinstance(d, int) else size for d, size in zip(s.dims, (2, 7), strict=False)],
-                    dtype=s.dtype)
-        for s in program.inputs
-    ]
+    plain = evaluate.default_inputs(program.module, 2, 7)
+    example = list(plain.values())
     shapes = tuple(
         {i: torch.export.Dim.DYNAMIC for i, d in enumerate(s.dims) if isinstance(d, str)}
         for s in program.inputs
@@ -58,15 +41,24 @@ def to_onnx(program: Program, *, integer_activations: bool) -> ir.Model:
                 verbose=False,
                 input_names=[s.name for s in program.inputs],
                 output_names=["logits"],
-                custom_translation_table=qdq.translations(
-                    integer_activations=integer_activations
-                ),
+                custom_translation_table=qdq.translations(program),
             )
     except Exception as error:
         message = f"torch.onnx could not translate the frozen graph: {error}"
         raise LoweringError(message) from error
     assert found is not None
+    _drop_traces(found.model)
     return found.model
 
 
-logger = logging.getLogger(__name__)
+def _drop_traces(model: ir.Model) -> None:
+    """Forget the exporter's notes on every node and value: stack traces, and larger than codes."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()

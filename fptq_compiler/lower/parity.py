@@ -129,8 +129,7 @@ def check_parity(program: Program, path: Path, ids: Tensor, folder: Path) -> Par
 
 
 def _session(path: Path, level: int = 1) -> onnxruntime.InferenceSession:
-    options = session_options()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
+    options = session_options(accuracy_level=level)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -197,7 +196,7 @@ def _forced_logits(
 
 def _compare(node: Node, environment: Environment, theirs: Tensor, parity: Parity) -> Tensor:
     """Compare the codes of one quantiser; gives the values of ONNX Runtime's codes."""
-    source, scale, zero_point, bits = node.args
+    source, scale, zero_point, bits, _ = node.args
     assert isinstance(source, Node)
     grid = Grid(int(bits), symmetric=False)  # type: ignore[call-overload]
     step = torch.tensor(scale, dtype=torch.float32)

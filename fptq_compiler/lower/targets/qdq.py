@@ -7,21 +7,26 @@
     rms_norm       ReduceMean, Sqrt, Div
 
 The widening Cast is folded when a session is made, so that INT4 stands in the file and INT8 in
-memory, and the pair fuses to MatMulIntegerToFloat. Without quantised activations the weight is
-dequantised from INT4 directly, which becomes MatMulNBits.
+memory, and the pair fuses to MatMulIntegerToFloat. Where the activation is float, or the weight
+has a scale a block (which no integer kernel takes), the weight is dequantised from INT4
+directly, which becomes MatMulNBits; the activation's codes are then turned back by Cast, Sub and
+Mul, because a DequantizeLinear in front of that matmul would stop the fusion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript import opset21 as op
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.program import Program
 
 OPSET = 21
+LOWEST = -3.0e38  # added to a score it hides the key; -inf would make rows of NaN
 IR_VERSION = 10
 FLOAT, INT8, INT4, UINT8 = (
     ir.DataType.FLOAT.value,
@@ -39,7 +44,9 @@ def rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
     return normalized if gain is None else op.Mul(normalized, gain)
 
 
-def fake_quantize(x: Any, scale: float, zero_point: int, bits: int) -> Any:
+def fake_quantize(
+    x: Any, scale: float, zero_point: int, bits: int, role: str, *, forms: Forms
+) -> Any:
     """Codes are carried in UINT8; 4-bit codes are clipped to 0..15 before they are rounded."""
     step = op.Constant(value_float=scale)
     zero = op.Cast(op.Constant(value_int=zero_point), to=UINT8)
@@ -47,7 +54,14 @@ def fake_quantize(x: Any, scale: float, zero_point: int, bits: int) -> Any:
         low = op.Constant(value_float=-zero_point * scale)
         high = op.Constant(value_float=(2**bits - 1 - zero_point) * scale)
         x = op.Clip(x, low, high)
-    return op.DequantizeLinear(op.QuantizeLinear(x, step, zero), step, zero)
+    elif role in ("key", "value") and not forms.integer_linears:
+        # A Q behind a weight-only linear, even beyond a Transpose, would stop its fusion.
+        x = op.Max(x, op.Constant(value_float=LOWEST))
+    codes = op.QuantizeLinear(x, step, zero)
+    if role == "linear input" and not forms.integer_linears:
+        shifted = op.Sub(op.Cast(codes, to=FLOAT), op.Constant(value_float=float(zero_point)))
+        return op.Mul(shifted, step)
+    return op.DequantizeLinear(codes, step, zero)
 
 
 def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
@@ -78,7 +92,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> 
     if causal:
         scores = op.Add(scores, _causal(sequence, keys))
     if mask is not None:
-        scores = op.Add(scores, mask)
+        scores = op.Add(scores, _additive(mask))
     weights = op.Softmax(scores, axis=-1)
     grouped = op.Concat(
         op.Constant(value_ints=[0, kv_heads]), op.Mul(group, sequence), keys, axis=0
@@ -90,16 +104,17 @@ def attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> 
     return op.Reshape(mixed, last)
 
 
-def attention_bool(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
-    """Attention whose mask says what is shown."""
-    hidden = op.Constant(value_float=-3.0e38)
-    additive = op.Where(mask, op.Constant(value_float=0.0), hidden)
-    return attention(q, k, v, additive, causal, scale)
+def _additive(mask: Any) -> Any:
+    """A boolean mask (true: shown) as numbers to add; numbers stay."""
+    if mask.dtype != ir.DataType.BOOL:
+        return mask
+    shown, hidden = op.Constant(value_float=0.0), op.Constant(value_float=LOWEST)
+    return op.Where(mask, shown, hidden)
 
 
 def _causal(queries: Any, keys: Any) -> Any:
-    """(S, T) additive: 0 up to the diagonal that ends at the last key, -inf behind it."""
-    hidden = op.Expand(op.Constant(value_float=-3.0e38), op.Concat(queries, keys, axis=0))
+    """(S, T) additive: 0 up to the diagonal that ends at the last key, lowest behind it."""
+    hidden = op.Expand(op.Constant(value_float=LOWEST), op.Concat(queries, keys, axis=0))
     diagonal = op.Squeeze(op.Sub(op.Add(keys, op.Constant(value_ints=[1])), queries))
     return op.Trilu(hidden, diagonal, upper=1)
 
@@ -110,35 +125,61 @@ def _size(value: Any, axis: int) -> int:
     return size
 
 
-def linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
-    """Codes (K, N) in INT8, narrowed to INT4 for the file where they fit (see lower.packing)."""
+def linear(
+    x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, *, forms: Forms
+) -> Any:
+    """Codes (K, N) in INT8, narrowed to INT4 where they fit (a Cast that lower.packing folds)."""
     narrow = op.Cast(codes, to=INT4) if bits == 4 else codes
-    wide = op.Cast(narrow, to=INT8) if bits == 4 else codes
     if block:
         weight = op.DequantizeLinear(narrow, scale, axis=0, block_size=block)
-    else:
+    elif forms.integer_linears or (bits == 8 and forms.quantized_activations):
+        wide = op.Cast(narrow, to=INT8) if bits == 4 else codes
         weight = op.DequantizeLinear(wide, scale, axis=1)
+    elif bits == 4:
+        weight = op.DequantizeLinear(narrow, scale, axis=1)
+    else:
+        # INT8 MatMulNBits is slower than float by a factor of ten: widen when the model loads.
+        weight = op.Mul(op.Cast(codes, to=FLOAT), scale)
     product = op.MatMul(x, weight)
     return product if bias is None else op.Add(product, bias)
 
 
-def translations(*, integer_activations: bool) -> dict[Any, Callable[..., Any]]:
+@dataclass(frozen=True)
+class Forms:
+    """Which of the forms above a program takes.
+
+    Attributes:
+        quantized_activations: linear inputs are quantised.
+        integer_linears: they are, and no weight has a scale a block.
+    """
+
+    quantized_activations: bool
+    integer_linears: bool
+
+
+def forms_of(program: Program) -> Forms:
+    """Read the forms off a frozen program."""
+    quantized = any(q.role == "linear input" for q in program.activation_quantizers)
+    blocked = any(q.block for q in program.weight_quantizers)
+    return Forms(quantized, quantized and not blocked)
+
+
+def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     """The emitters by operator, for torch.onnx.export's custom_translation_table."""
+    forms = forms_of(program)
+
+    def emit_fake_quantize(
+        x: Any, scale: float, zero_point: int, bits: int, role: str
+    ) -> Any:
+        return fake_quantize(x, scale, zero_point, bits, role, forms=forms)
+
+    def emit_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
+        return linear(x, codes, scale, bias, bits, block, forms=forms)
+
     return {
         ops.rms_norm: rms_norm,
-        ops.fake_quantize: fake_quantize,
+        ops.fake_quantize: emit_fake_quantize,
         ops.embedding: embedding,
         ops.attention: attention,
-        ops.linear: linear if integer_activations else weight_only_linear,
+        ops.linear: emit_linear,
     }
-
-
-def weight_only_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
-    """Weights dequantised straight from INT4: the form that becomes MatMulNBits."""
-    narrow = op.Cast(codes, to=INT4) if bits == 4 else codes
-    if block:
-        weight = op.DequantizeLinear(narrow, scale, axis=0, block_size=block)
-    else:
-        weight = op.DequantizeLinear(narrow, scale, axis=1)
-    product = op.MatMul(x, weight)
-    return product if bias is None else op.Add(product, bias)
