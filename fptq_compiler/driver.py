@@ -63,8 +63,10 @@ def compile_file(model: Path, output: Path, options: Options, progress: Progress
     report = _new_report(model.name, options.recipe)
     with report.stage("capture"):
         examples = load_example_inputs(options.example_inputs) if options.example_inputs else None
-        captured = capture(model, trust_pickle=options.trust_pickle, example_inputs=examples)
-    return _compile(captured, output, options, progress, report)
+        source = _take(
+            capture(model, trust_pickle=options.trust_pickle, example_inputs=examples)
+        )
+    return _compile(source, output, options, progress, report)
 
 
 def compile_model(
@@ -90,22 +92,33 @@ def compile_model(
     options = options or Options()
     report = _new_report(type(model).__name__, options.recipe)
     with report.stage("capture"):
-        captured = capture(model, example_inputs=example_inputs)
-    return _compile(captured, Path(output), options, progress or SilentProgress(), report)
+        source = _take(capture(model, example_inputs=example_inputs))
+    return _compile(source, Path(output), options, progress or SilentProgress(), report)
 
 
 def _new_report(origin: str, recipe: Recipe) -> Report:
     return Report(origin=origin, recipe=recipe.to_toml(), seed=recipe.seed)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What is kept of a captured model; the exported program, and its weights, are let go."""
+
+    program: Program
+    tokenizer: Path | None
+    start: int | None
+
+
+def _take(captured: Captured) -> _Source:
+    return _Source(unlift(captured.program), captured.tokenizer, captured.generation_start)
+
+
 def _compile(
-    captured: Captured, output: Path, options: Options, progress: Progress, report: Report
+    source: _Source, output: Path, options: Options, progress: Progress, report: Report
 ) -> Report:
     recipe = options.recipe
-    program = unlift(captured.program)
-    tokenizer = options.tokenizer or captured.tokenizer
-    start = captured.generation_start
-    del captured
+    program, start = source.program, source.start
+    tokenizer = options.tokenizer or source.tokenizer
     report.size_before = _parameter_bytes(program)
     vocabulary = vocabulary_of(program)
     work = WorkFolder(options.work_dir, recipe, program)
@@ -247,7 +260,10 @@ def _quantize(
     if program.activation_quantizers:
         assert ids is not None
         found = calibrate_activations(
-            program, list(ids.split(1)), p=recipe.activations.p, sinks=recipe.activations.sinks,
+            program,
+            [row.unsqueeze(0) for row in ids],
+            p=recipe.activations.p,
+            sinks=recipe.activations.sinks,
             progress=progress,
         )
         report.sqnr.update(found.sqnr)

@@ -174,7 +174,7 @@ class LocalRecipe:
         objective: "weights" (data-free), or "activations" (weights and calibration batches).
     """
 
-    steps: int = 200
+    steps: int = 100
     learning_rate: float = 1e-2
     p: float = 4.0
     objective: str = "weights"

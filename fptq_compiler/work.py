@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ class WorkFolder:
         if path is not None:
             partial = path.with_name(f"{path.stem}.partial.npy")
             np.save(partial, ids.numpy(), allow_pickle=False)
-            os.replace(partial, path)
+            partial.replace(path)
 
     def load_maps(self, program: Program) -> dict[str, list[float]] | None:
         """Put trained maps back; gives their learning curves, or None where there are none."""
@@ -92,7 +91,7 @@ class WorkFolder:
         }
         partial = path.with_suffix(".partial")
         save_file(state, partial, {"curves": json.dumps(curves)})
-        os.replace(partial, path)
+        partial.replace(path)
 
     def _path(self, name: str, suffix: str) -> Path | None:
         if self._folder is None:

@@ -47,8 +47,6 @@ def insertion(
     steps: list[Pass] = [UntieEmbedding(), FoldNorms()]
     if "scaling" in transforms:
         steps.append(ScaleResidual(scaling_places))
-    if "residual" in transforms:
-        steps.append(InsertResidual(seed))
     if "value" in transforms:
         steps.append(InsertValue(seed))
     if "prerope" in transforms:
@@ -57,4 +55,6 @@ def insertion(
         steps.append(InsertUpdown())
     if "hadamard" in transforms:
         steps.append(InsertHadamard())
+    if "residual" in transforms:  # last: it is the one whose verification costs
+        steps.append(InsertResidual(seed))
     return tuple(steps)

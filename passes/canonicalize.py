@@ -80,7 +80,9 @@ def _inline(module: GraphModule, node: Node) -> None:
                 continue
             values[inner_step] = node.graph.node_copy(inner_step, values.__getitem__)
     for reader in list(node.users):
-        reader.replace_all_uses_with(results[int(reader.args[1])])
+        index = reader.args[1]
+        assert isinstance(index, int)
+        reader.replace_all_uses_with(results[index])
         node.graph.erase_node(reader)
     node.graph.erase_node(node)
 
@@ -105,7 +107,7 @@ def _drop(node: Node) -> bool:
     if node.target is aten._unsafe_view.default:
         node.target = aten.view.default
         return False
-    dead = (
+    dead = bool(
         node.target in COPIES
         or (node.target is aten.dropout.default and not node.args[2])
         or (node.target in CASTS and _same_type(source, node))
@@ -118,14 +120,14 @@ def _drop(node: Node) -> bool:
 
 def _same_type(source: Node, node: Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
-    return before is not None and after is not None and before.dtype == after.dtype
+    return before is not None and after is not None and bool(before.dtype == after.dtype)
 
 
 def _takes_all(node: Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     stop = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and stop in (None, 2**63 - 1) and step == 1
+    return bool(start in (None, 0) and stop in (None, 2**63 - 1) and step == 1)
 
 
 def _refuse_mutation(program: Program) -> None:

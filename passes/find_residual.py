@@ -20,7 +20,7 @@ from fptq_compiler.passes.linears import is_linear, linear_ref
 aten = torch.ops.aten
 
 
-class _Broken(Exception):
+class _BrokenStreamError(Exception):
     """The stream is not what the transforms need; carries the node."""
 
     def __init__(self, reason: str, node: Node) -> None:
@@ -47,7 +47,7 @@ class FindResidual(Pass):
             return PassResult(0, (NearMiss("residual", node.name, reason, source_line(node)),))
         try:
             site = _follow(program, tables[0])
-        except _Broken as broken:
+        except _BrokenStreamError as broken:
             miss = NearMiss("residual", broken.node.name, str(broken), source_line(broken.node))
             return PassResult(0, (miss,))
         program.sites = replace(program.sites, residual=site)
@@ -82,24 +82,24 @@ def _follow(program: Program, embedding: Node) -> ResidualSite:
         following, norm = _readers_of(current)
         if norm is None:
             reason = f"the stream at {current.name} is read by no norm"
-            raise _Broken(reason, current)
+            raise _BrokenStreamError(reason, current)
         norms.append(norm)
         found = _linears_behind(program, norm, final=following is None)
         readers.extend(found)
         if following is None:
             if len(found) != 1:
                 reason = f"{len(found)} linear layers read the last norm, expected the head"
-                raise _Broken(reason, norm)
+                raise _BrokenStreamError(reason, norm)
             head = found[0]
             break
         writer_node = _other(following, current)
         ref = linear_ref(program, writer_node) if is_linear(writer_node) else None
         if ref is None:
             reason = f"{writer_node.name} adds to the stream and is not a linear layer"
-            raise _Broken(reason, writer_node)
+            raise _BrokenStreamError(reason, writer_node)
         if len(writer_node.users) != 1:
             reason = f"the branch output {writer_node.name} has more than one reader"
-            raise _Broken(reason, writer_node)
+            raise _BrokenStreamError(reason, writer_node)
         writers.append(ref)
         branches.append(Branch(current.name, norm.name, ref, following.name))
         stream.append(following)
@@ -133,13 +133,13 @@ def _readers_of(current: Node) -> tuple[Node | None, Node | None]:
             norms.append(reader)
         elif reader.target is not aten.sym_size.int:
             reason = f"{reader.name} ({reader.target}) reads the residual stream"
-            raise _Broken(reason, reader)
+            raise _BrokenStreamError(reason, reader)
     if len(additions) > 1 or len(norms) > 1:
         reason = (
             f"{len(norms)} norms and {len(additions)} additions read the stream at "
             f"{current.name}, expected one of each"
         )
-        raise _Broken(reason, current)
+        raise _BrokenStreamError(reason, current)
     return (additions[0] if additions else None), (norms[0] if norms else None)
 
 
@@ -148,7 +148,7 @@ def _other(addition: Node, current: Node) -> Node:
     other = right if left is current else left
     if not isinstance(other, Node):
         reason = f"{addition.name} adds a constant to the stream"
-        raise _Broken(reason, addition)
+        raise _BrokenStreamError(reason, addition)
     return other
 
 
@@ -164,6 +164,6 @@ def _linears_behind(program: Program, norm: Node, *, final: bool) -> list[Linear
         ref = linear_ref(program, source) if is_linear(source) else None
         if ref is None:
             reason = f"{source.name} ({source.target}) reads a norm and is not a linear layer"
-            raise _Broken(reason, source)
+            raise _BrokenStreamError(reason, source)
         found.append(ref)
     return found

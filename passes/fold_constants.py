@@ -37,13 +37,13 @@ class FoldConstants(Pass):
             if node.op == "get_attr" or all(reader in constant for reader in node.users):
                 continue
             with torch.no_grad():
-                value = _evaluate(program, node)
-            if not isinstance(value, Tensor) or value.numel() > size:
+                found = _evaluate(program, node)
+            if not isinstance(found, Tensor) or found.numel() > size:
                 continue
             name = _fresh(_first_parameter(node), names)
             names.add(name)
-            set_parameter(program.module, name, value.contiguous())
-            replace(node, get_parameter(program.graph, node, name, value))
+            set_parameter(program.module, name, found.contiguous())
+            replace(node, get_parameter(program.graph, node, name, found))
             changed += 1
         return PassResult(changed)
 

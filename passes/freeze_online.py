@@ -21,7 +21,7 @@ from fptq_compiler.transforms import Hadamard
 
 
 def mix(x: Tensor, signs: Tensor | None, *factors: Tensor) -> Tensor:
-    """x (..., n) times diag(signs) (1 ⊗ F1 ⊗ F2 …), each factor on its own axis."""
+    """Give x (..., n) times diag(signs) (1 ⊗ F1 ⊗ F2 …), each factor on its own axis."""
     shape = x.shape
     y = x if signs is None else x * signs
     after = prod(f.shape[0] for f in factors)

@@ -30,9 +30,11 @@ class FreezeQuantizers(Pass):
     def run(self, program: Program) -> PassResult:
         """Freeze weights, then activations."""
         modules = {n.target: n for n in program.graph.nodes if n.op == "call_module"}
+        changed = 0
         for quantizer in program.weight_quantizers:
             if quantizer.module in modules:
                 _freeze_weight(program, quantizer, modules[quantizer.module])
+                changed += 1
         for record in program.activation_quantizers:
             node = modules.get(record.module)
             if node is None:
@@ -45,7 +47,8 @@ class FreezeQuantizers(Pass):
             frozen = call(program.graph, node, ops.fake_quantize, arguments, like=node,
                           name=f"{node.name}_frozen")
             replace(node, frozen)
-        return PassResult(len(modules))
+            changed += 1
+        return PassResult(changed)
 
 
 def _freeze_weight(program: Program, quantizer: WeightQuantizer, edge: Node) -> None:

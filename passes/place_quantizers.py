@@ -8,9 +8,9 @@ of attention.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
-import torch
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.edges import weight_end
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult

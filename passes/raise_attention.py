@@ -100,7 +100,8 @@ class RaiseAttention(Pass):
 
 
 def _raise_sdpa(program: Program, node: Node, masks: _Masks) -> None:
-    given = dict(zip(("q", "k", "v", "mask", "dropout", "causal"), node.args, strict=False))
+    names = ("q", "k", "v", "mask", "dropout", "causal")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
     given |= {{"attn_mask": "mask", "is_causal": "causal"}.get(k, k): v
               for k, v in node.kwargs.items()}
     q, k, v = given["q"], given["k"], given["v"]
@@ -142,7 +143,7 @@ def _raise_spelling(program: Program, node: Node, found: Match, masks: _Masks) -
 def _transposed(before: Node, kt: Node) -> Node:
     """The keys (B, H, T, D) whose transpose is `kt` (B, H, D, T)."""
     if kt.target is aten.transpose.int:
-        axes = {int(a) % 4 for a in kt.args[1:3]}  # type: ignore[call-overload]
+        axes = {a % 4 for a in kt.args[1:3] if isinstance(a, int)}
         if axes == {2, 3}:
             source = kt.args[0]
             assert isinstance(source, Node)
@@ -249,7 +250,8 @@ class _Masks:
 def _reason(node: Node) -> str:
     """The deepest failure among the matmuls behind a softmax."""
     failure = NoMatch("no matmul reads the softmax", node, 0)
-    frontier, seen = list(node.users), set()
+    frontier: list[Node] = list(node.users)
+    seen: set[Node] = set()
     while frontier:
         reader = frontier.pop()
         if reader in seen or len(seen) > 8:

@@ -161,7 +161,8 @@ def _take_gain(program: Program, norm: Node) -> None:
 def _reason(node: Node) -> str:
     """The deepest failure of the norm pattern behind an inverse root."""
     failure = NoMatch("no product reads the inverse root", node, -1)
-    frontier, seen = list(node.users), set()
+    frontier: list[Node] = list(node.users)
+    seen: set[Node] = set()
     while frontier:
         reader = frontier.pop()
         if reader in seen or len(seen) > 8:

@@ -1,4 +1,4 @@
-"""Turn a float16 or bfloat16 graph into a float32 one, so that folding and ranges do not round twice.
+"""Turn a half-precision graph into a float32 one, so that folding and ranges do not round twice.
 
 Weights keep their values (every half-precision number is a float32 number); the arithmetic
 between them becomes exact to float32, which is closer to the model's function, not further.
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 
 from fptq_compiler.graph.pipeline import Pass, PassResult
@@ -37,12 +38,19 @@ class Widen(Pass):
                 wide = shared.setdefault(id(value), value.detach().float())
                 set_parameter(program.module, name, wide)
                 changed += 1
-        for node in program.graph.nodes:
-            node.args = map_aggregate(node.args, _wide_dtype)  # type: ignore[assignment]
-            node.kwargs = map_aggregate(node.kwargs, _wide_dtype)  # type: ignore[assignment]
-            if "val" in node.meta:
-                node.meta["val"] = map_aggregate(node.meta["val"], _wide_value)
+        for part in program.module.modules():
+            if isinstance(part, GraphModule):  # the model, and what a wrapper operator calls
+                _widen_nodes(part)
         return PassResult(changed)
+
+
+def _widen_nodes(part: GraphModule) -> None:
+    for node in part.graph.nodes:
+        node.args = map_aggregate(node.args, _wide_dtype)
+        node.kwargs = map_aggregate(node.kwargs, _wide_dtype)
+        if "val" in node.meta:
+            node.meta["val"] = map_aggregate(node.meta["val"], _wide_value)
+    part.recompile()
 
 
 def _wide_dtype(value: Any) -> Any:

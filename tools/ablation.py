@@ -39,7 +39,7 @@ def cases(which: str) -> dict[str, str]:
         found[f"all but {name}"] = ",".join(t for t in TRANSFORMS if t != name)
     found["Hadamards"] = "residual,value,hadamard"
     found["Hadamards + scaling"] = "residual,value,hadamard,scaling"
-    return found if which == "all" else {w: found[w] for w in which.split(";")}
+    return found if which == "table" else {w: found[w] for w in which.split(";")}
 
 
 @click.command()
@@ -50,7 +50,9 @@ def cases(which: str) -> dict[str, str]:
 @click.option("--recipe", "recipe_name", default="fptquant-local", show_default=True)
 @click.option("--window", default=512, show_default=True)
 @click.option("--tokens", default=4096, show_default=True)
-@click.option("--cases", "which", default="all", show_default=True, help="Labels, with ; between.")
+@click.option(
+    "--cases", "which", default="table", show_default=True, help="Labels, with ; between."
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--set", "settings", multiple=True, help="A recipe field, as local.steps=0.")
 def main(

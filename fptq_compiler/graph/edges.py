@@ -17,6 +17,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import add_module, call_module, set_parameter
 from fptq_compiler.transforms import Map, Port
 from fptq_compiler.transforms import port as ports_module
+from fptq_compiler.transforms.dense import shared_evaluation
 
 
 class WeightEdge(nn.Module):
@@ -56,7 +57,7 @@ class OnlineEdge(nn.Module):
         self.transform = transform
 
     def forward(self, x: Tensor) -> Tensor:
-        """x M."""
+        """Give x M."""
         return self.transform.right(x)
 
 
@@ -173,7 +174,7 @@ def fold(program: Program) -> int:
         How many parameters changed.
     """
     plan = chains(program)
-    with torch.no_grad():
+    with torch.no_grad(), shared_evaluation(program.module, torch.float64):
         for name, edges in plan.items():
             weight = program.parameter(name)
             value = weight.double()

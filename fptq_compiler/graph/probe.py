@@ -141,7 +141,7 @@ class Probe:
             index: source channel (H, D) of each operand channel at position 0.
             factor: the common factor at position 0.
         """
-        heads, width = index.shape
+        width = index.shape[1]
         maps = self._position_maps(source, target, index)  # (S, H, D_in, D_out)
         if isinstance(maps, Refusal):
             return maps
@@ -180,7 +180,7 @@ class Probe:
 
     def _position_maps(self, source: Node, target: Node, index: Tensor) -> Tensor | Refusal:
         """The operand's map of each head at each position: (S, H, D_in, D_out)."""
-        heads, width = index.shape
+        width = index.shape[1]
         shape = self.region.shape(source)
         batch = shape[0]
         rows = []

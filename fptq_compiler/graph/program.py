@@ -95,7 +95,8 @@ class Program:
         """The node of that name; raises KeyError."""
         for node in self.graph.nodes:
             if node.name == name:
-                return node
+                found: Node = node
+                return found
         raise KeyError(name)
 
     def parameter(self, name: str) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from fptq_compiler.errors import UnsupportedModelError
@@ -29,6 +32,9 @@ def unlift(exported: ExportedProgram) -> Program:
         if node.op == "call_module" and "_guards" in str(node.target):
             graph.erase_node(node)
     graph.set_codegen(CodeGen())
+    for name, part in module.named_children():
+        if isinstance(part, GraphModule):  # what a wrapper operator calls, shared until here
+            setattr(module, name, copy.deepcopy(part))
     inputs = []
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -54,7 +60,7 @@ def unlift(exported: ExportedProgram) -> Program:
 def _has_mutation(exported: ExportedProgram) -> bool:
     for node in exported.graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and isinstance(node.target, torch._ops.OpOverload):
-            if schema.is_mutable:
-                return True
+        operator = isinstance(node.target, torch._ops.OpOverload)
+        if schema is not None and operator and schema.is_mutable:
+            return True
     return False

@@ -41,8 +41,8 @@ class Contract:
             )
         if kernels["MatMulNBits"] != self.weight_only_linears:
             broken.append(
-                f"{kernels['MatMulNBits']} MatMulNBits, expected {self.weight_only_linears}, one for "
-                "each weight-only linear"
+                f"{kernels['MatMulNBits']} MatMulNBits, expected {self.weight_only_linears}, "
+                "one for each weight-only linear"
             )
         if int4_dequantized:
             broken.append(

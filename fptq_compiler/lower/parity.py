@@ -196,12 +196,16 @@ def _forced_logits(
 
 def _compare(node: Node, environment: Environment, theirs: Tensor, parity: Parity) -> Tensor:
     """Compare the codes of one quantiser; gives the values of ONNX Runtime's codes."""
-    source, scale, zero_point, bits, _ = node.args
+    source, scale, zero, bits, _ = node.args
     assert isinstance(source, Node)
-    grid = Grid(int(bits), symmetric=False)  # type: ignore[call-overload]
+    assert isinstance(zero, int)
+    assert isinstance(bits, int)
+    zero_point, grid = float(zero), Grid(bits, symmetric=False)
     step = torch.tensor(scale, dtype=torch.float32)
-    exact = environment[source].float() / step
-    ours = (exact.round() + float(zero_point)).clamp(grid.lowest, grid.highest)  # type: ignore[arg-type]
+    value = environment[source]
+    assert isinstance(value, Tensor)
+    exact = value.float() / step
+    ours = (exact.round() + zero_point).clamp(grid.lowest, grid.highest)
     theirs = theirs.float()
     apart = ours != theirs
     parity.codes += ours.numel()
@@ -212,4 +216,4 @@ def _compare(node: Node, environment: Environment, theirs: Tensor, parity: Parit
         parity.wrong += int((~near).sum())
         if bool((~near).any()):
             parity.worst = max(parity.worst, float((ours - theirs).abs()[apart][~near].max()))
-    return (theirs - float(zero_point)) * step  # type: ignore[arg-type]
+    return (theirs - zero_point) * step

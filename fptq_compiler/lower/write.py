@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -53,9 +52,8 @@ def save(
     model.ir_version = ir_version
     model.producer_name = "fptq-compiler"
     model.metadata_props.update(metadata)
-    size = sum(
-        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-    )
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    size = sum(t.nbytes for t in tensors if t is not None)
     try:
         if size > external_above:
             ir.save(model, path, external_data=f"{path.name}.data")
@@ -82,7 +80,7 @@ def publish(staged: Path, output: Path) -> int:
         for source, target in ((data, output.with_name(data.name)), (staged, output)):
             if source.exists():
                 size += source.stat().st_size
-                os.replace(source, target)
+                source.replace(target)
     except OSError as error:
         message = f"cannot move the finished file to {output}: {error.strerror}"
         raise LoweringError(message) from error

@@ -8,7 +8,7 @@ until its range is found, then dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -105,8 +105,11 @@ def calibrate_activations(
     runner = BlockRunner(program, batches)
     records = {q.module: q for q in program.activation_quantizers}
     progress.start("activation ranges", len(runner.blocks))
+    last = max((n for b in runner.blocks for n in b.nodes if n.target in records), default=None)
     for block in runner.blocks:
-        runner.run_block(block, collector)
+        # The head's logits are the largest tensor of all, and no quantiser reads them.
+        needed = tuple(n for n in block.nodes if last is not None and n <= last)
+        runner.run_block(replace(block, nodes=needed), collector)
         for path, kept in collector.kept.items():
             _set_range(program, records[path], torch.cat(kept), p, sinks, result)
         collector.kept.clear()

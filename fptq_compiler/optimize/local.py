@@ -11,7 +11,9 @@ activations their norms are added: what enters each quantiser counts like one mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -75,17 +77,39 @@ def optimize_locally(
     plan = chains(program)
     if train_residual:
         assert residual is not None
-        vectors = _residual_vectors(program, plan, residual, seed)
         curves["residual"] = _train_residual(
-            residual, vectors, steps, learning_rate, p, seed, progress
+            residual,
+            torch.stack(_residual_vectors(program, plan, residual, seed)),
+            steps,
+            learning_rate,
+            p,
+            seed,
+            progress,
         )
-    for site, names in groups.items():
-        curves[site] = _train_site(
-            program, plan, names, steps, learning_rate, p, activations or {}, seed
+
+    def train(site: str) -> list[float]:
+        return _train_site(
+            program, plan, groups[site], steps, learning_rate, p, activations or {}, seed
         )
-        progress.advance(1, f"{site}: {curves[site][0]:.4f} -> {curves[site][-1]:.4f}")
+
+    with _one_thread_each() as pool:
+        for site, curve in zip(groups, pool.map(train, groups), strict=True):
+            curves[site] = curve
+            progress.advance(1, f"{site}: {curve[0]:.4f} -> {curve[-1]:.4f}")
     progress.done()
     return curves
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """A pool with a worker a core, torch's own threads off: sites are small and independent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _groups(program: Program) -> dict[str, list[str]]:
@@ -108,7 +132,7 @@ def _apply(edges: Sequence[Edge], weight: Tensor) -> Tensor:
 def _residual_vectors(
     program: Program, plan: Mapping[str, list[Edge]], residual: Map, seed: int
 ) -> list[Tensor]:
-    """For each weight on the stream, up to VECTORS vectors (n, d) that the rotation will turn."""
+    """For each weight on the stream VECTORS vectors (n, d) that the rotation will turn."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for name, edges in plan.items():
@@ -120,19 +144,23 @@ def _residual_vectors(
         port = mine[0].port
         out = port.side is Side.OUT
         if port.side is Side.TABLE or (not others and weight.shape[0] > 8 * VECTORS):
-            rows = torch.randperm(weight.shape[0], generator=generator)[:VECTORS]
-            found.append(weight[rows])
+            found.append(weight[_drawn(weight.shape[0], generator)])
             continue
         value = _apply(others, weight)
         value = value.t()[:, port.start : port.stop] if out else value
-        rows = torch.randperm(value.shape[0], generator=generator)[:VECTORS]
-        found.append(value[rows].clone())
+        found.append(value[_drawn(value.shape[0], generator)])
     return found
+
+
+def _drawn(count: int, generator: torch.Generator) -> Tensor:
+    """VECTORS indices below `count`, some of them again where there are fewer."""
+    order = torch.randperm(count, generator=generator)
+    return order.repeat(-(-VECTORS // count))[:VECTORS]
 
 
 def _train_residual(
     residual: Map,
-    vectors: Sequence[Tensor],
+    vectors: Tensor,
     steps: int,
     learning_rate: float,
     p: float,
@@ -143,13 +171,12 @@ def _train_residual(
     optimizer = torch.optim.AdamW(
         residual.parameters(), lr=learning_rate / 10, weight_decay=0.0
     )
-    count = min(v.shape[0] for v in vectors)
-    stacked = torch.stack([v[:count] for v in vectors])  # (weights, n, d)
+    count = vectors.shape[1]
     curve = []
     progress.start("residual rotation", steps)
     for _ in range(steps):
         chosen = torch.randperm(count, generator=generator)[: max(1, count // 8)]
-        batch = stacked[:, chosen]
+        batch = vectors[:, chosen]
         turned = residual.right(batch)
         loss = torch.stack([lp_norm(w, p) for w in turned]).sum()
         _step(optimizer, loss, "residual")
@@ -176,10 +203,8 @@ def _train_site(
     trained = set(maps)
     terms: list[tuple[Tensor, list[Edge]]] = []
     for parameter, edges in plan.items():
-        first = next(
-            (i for i, e in enumerate(edges) if isinstance(e, WeightEdge) and e.transform in trained),
-            None,
-        )
+        mine = [isinstance(e, WeightEdge) and e.transform in trained for e in edges]
+        first = mine.index(True) if True in mine else None
         weight = program.parameter(parameter)
         if first is None or weight.dim() != 2:
             continue

@@ -31,7 +31,8 @@ class ActivationFakeQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid, with straight-through gradients."""
-        return fake_quantize(x, self.scale, round_zero_point(self.zero_point, self.grid), self.grid)
+        zero_point = round_zero_point(self.zero_point, self.grid)
+        return fake_quantize(x, self.scale, zero_point, self.grid)
 
 
 class WeightFakeQuantizer(nn.Module):

@@ -33,7 +33,6 @@ FAMILIES = {
     "llama": Family(),
     "llama-eager": Family(attention="eager"),
     "llama-biases": Family(settings=BIASES),
-    "llama-eager-biases": Family(settings=BIASES, attention="eager"),
     "llama-mha": Family(settings={"num_key_value_heads": 4}),
     "llama-mqa": Family(settings={"num_key_value_heads": 1}),
     "llama-tied": Family(settings={"tie_word_embeddings": True}),
@@ -45,12 +44,10 @@ FAMILIES = {
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3"),
     "mistral": Family("Mistral"),
-    "mistral-no-window": Family("Mistral", {"sliding_window": None}),
     "phi3": Family("Phi3"),
     "gemma": Family("Gemma"),
 }
-AS_A_USER = ("llama", "llama-eager", "llama-biases", "llama-tied", "llama-bfloat16", "qwen3",
-             "mistral", "phi3", "gemma")
+AS_A_USER = ("llama", "llama-eager", "llama-tied", "llama-bfloat16", "mistral", "phi3")
 
 
 def expected_transforms(name: str) -> dict[str, int]:
@@ -76,8 +73,8 @@ def check_sites(name: str, program: Program) -> None:
             assert site.rope.style == "half-split"
             assert len(site.rope.pairs) == 4
             assert not site.refused
-        assert site.q is not None
-        assert (site.q.bias is not None) == ("attention_bias" in settings or name == "qwen2")
+        assert site.v is not None
+        assert (site.v.bias is not None) == ("attention_bias" in settings or name == "qwen2")
     for mlp in sites.mlp:
         assert (mlp.width, mlp.refused) == (48, {})
         assert mlp.up is not None
@@ -133,7 +130,7 @@ def test_every_transform_holds_in_an_archive_of_a_plain_export(
     assert captured.kind == "archive"
     assert "wrap_with_set_grad_enabled" in str(captured.program.graph)
     program = unlift(captured.program)
-    assert [spec.dims for spec in program.inputs] != [(2, 7)]
+    assert all(isinstance(size, str) for size in program.inputs[0].dims)
     expected = model.float()(ids).logits
     check_transforms(name, program, expected, ids)
 
@@ -156,3 +153,19 @@ def test_yarn_scales_what_it_turns() -> None:
     rope = program.sites.attention[0].rope
     assert rope is not None
     assert rope.scale == pytest.approx(1.0 + 0.1 * torch.tensor(2.0).log().item(), rel=1e-6)
+
+
+def test_the_exported_program_is_left_as_it_was(generator: torch.Generator) -> None:
+    exported, ids = export_plainly(make_model(FAMILIES["llama-bfloat16"])), token_ids(generator)
+
+    def text() -> str:
+        parts = exported.graph_module.modules()
+        return "\n".join(str(m.graph) for m in parts if isinstance(m, torch.fx.GraphModule))
+
+    before, expected = text(), exported.module(check_guards=False)(ids)
+    program = unlift(exported)
+    run_passes(program, FIND_SITES)
+    run_passes(program, insertion(TRANSFORMS, seed=0, scaling_places=()))
+    run_passes(program, (FoldTransforms(),))
+    assert text() == before
+    assert torch.equal(exported.module(check_guards=False)(ids), expected)

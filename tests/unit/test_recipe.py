@@ -89,7 +89,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "p = 3.0\n"
         'sinks = "first-position"\n'
         "\n[local]\n"
-        "steps = 200\n"
+        "steps = 100\n"
         "learning_rate = 0.01\n"
         "p = 4.0\n"
         'objective = "weights"\n'

@@ -37,7 +37,7 @@ FLOAT, INT8, INT4, UINT8 = (
 
 
 def rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
-    """x / sqrt(mean(x^2) + epsilon), times the gain where there is one."""
+    """Give x / sqrt(mean(x^2) + epsilon), times the gain where there is one."""
     mean = op.ReduceMean(op.Mul(x, x), op.Constant(value_ints=[-1]), keepdims=1)
     shifted = op.Add(mean, op.Constant(value_float=epsilon))
     normalized = op.Div(x, op.Sqrt(shifted))

@@ -1,0 +1,99 @@
+"""Compile a toy as a user would, and keep the frozen program beside the written file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+from fptq_compiler import driver
+from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.contract import session_options
+from fptq_compiler.recipe import Bits, CalibrationRecipe, LocalRecipe, Recipe, WeightsRecipe
+from fptq_compiler.report import Report
+from tests.toys import ToyConfig, export_toy
+
+SMALL = ToyConfig(layers=1, hidden=32, mlp=48, tied=True)
+"""One block; 48 is no multiple of 32, so that the last block of a scale is a short one."""
+BIASED = replace(SMALL, attention_bias=True, output_bias=True, mlp_bias=True)
+QUICK = Recipe(local=LocalRecipe(steps=3), calibration=CalibrationRecipe(samples=4, length=24))
+
+
+def quick(setting: str, **changes: Any) -> Recipe:
+    """A recipe that takes seconds: "W-A-KV", or "W-A-KV/block"."""
+    bits, _, block = setting.partition("/")
+    weights = WeightsRecipe(block=int(block or 0))
+    return replace(QUICK, bits=Bits.parse(bits), weights=weights, **changes)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compilation.
+
+    Attributes:
+        path: the ONNX file.
+        report: what the driver said.
+        recipe: what was asked for.
+        program: frozen, the reference for the file.
+    """
+
+    path: Path
+    report: Report
+    recipe: Recipe
+    program: Program
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        return onnx.load(self.path)
+
+    def initializers(self) -> dict[str, onnx.TensorProto]:
+        return {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+
+@cache
+def exported(config: ToyConfig) -> ExportedProgram:
+    """The toy's export, made once: compiling does not change it."""
+    return export_toy(config)
+
+
+def keeping_program(compile_it: Callable[[], Report], path: Path, recipe: Recipe) -> Compiled:
+    """Run a compilation and keep the program that it hands to the lowering."""
+    kept: list[Program] = []
+    original = driver.lower
+
+    def lower(program: Program, *arguments: Any, **options: Any) -> None:
+        kept.append(program)
+        original(program, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "lower", lower)
+        report = compile_it()
+    return Compiled(path, report, recipe, kept[0])
+
+
+def compile_toy(config: ToyConfig, recipe: Recipe, path: Path, **options: Any) -> Compiled:
+    """Compile the toy in Python."""
+    chosen = driver.Options(recipe=recipe, **options)
+    return keeping_program(
+        lambda: driver.compile_model(exported(config), path, options=chosen), path, recipe
+    )
+
+
+def run_onnx(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The file's logits in ONNX Runtime, weight-only matmuls in full precision."""
+    options = session_options()
+    session = onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"]
+    )
+    (entry,) = session.get_inputs()
+    (found,) = session.run(["logits"], {entry.name: ids.numpy().astype(np.int64)})
+    return torch.from_numpy(found)

@@ -1,0 +1,124 @@
+"""freeze_quantizers: what was fake becomes integer codes and literals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fptq_compiler.errors import PassError
+from fptq_compiler.graph.pipeline import Effect
+from fptq_compiler.graph.program import Program
+from fptq_compiler.passes.fold_transforms import FoldTransforms
+from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
+from fptq_compiler.passes.insert_transforms import InsertHadamard
+from fptq_compiler.passes.place_quantizers import PlaceQuantizers
+from fptq_compiler.quant.grid import Grid, quantize
+from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
+from tests.passes.steps import assert_settled, pick, run, with_sites
+from tests.toys import ToyConfig, make_tokens
+
+CONFIG = ToyConfig(layers=1, mlp_bias=True)
+UP = "model.layers.0.mlp.up_proj.weight"
+TABLE = "model.embed_tokens.weight"
+
+BEFORE = f"""
+weight_quantizers_model_embed_tokens_weight = \
+[weight_quantizers.model_embed_tokens_weight](%{TABLE})
+embedding = embedding(weight_quantizers_model_embed_tokens_weight, input_ids)
+activation_quantizers_rms_norm_default_1 = \
+[activation_quantizers.rms_norm_default_1](rms_norm_default_1)
+weight_quantizers_model_layers_0_mlp_up_proj_weight = \
+[weight_quantizers.model_layers_0_mlp_up_proj_weight](%{UP})
+linear_5 = linear(activation_quantizers_rms_norm_default_1, \
+weight_quantizers_model_layers_0_mlp_up_proj_weight, %model.layers.0.mlp.up_proj.bias)
+"""
+
+AFTER = f"""
+embedding_default = fptq.embedding(input_ids, %{TABLE}_codes, %{TABLE}_scale, 8)
+activation_quantizers_rms_norm_default_1_frozen = \
+fptq.fake_quantize(rms_norm_default_1, 0.03125, 121, 8, 'linear input')
+linear_5_frozen = fptq.linear(activation_quantizers_rms_norm_default_1_frozen, %{UP}_codes, \
+%{UP}_scale, %model.layers.0.mlp.up_proj.bias, 4, 0)
+"""
+
+
+def _calibrated(block: int = 0) -> Program:
+    """Quantisers with ranges that fit: weights by their largest, activations over (-3.8, 4.2)."""
+    place = PlaceQuantizers(
+        weights=4, activations=8, cache=8, block=block, embedding_bits=8, head_bits=8
+    )
+    program = with_sites(CONFIG, InsertHadamard(), FoldTransforms(), place)
+    for record in program.weight_quantizers:
+        module = program.module.get_submodule(record.module)
+        assert isinstance(module, WeightFakeQuantizer)
+        rows = program.parameter(record.parameter).abs().amax(1)
+        scale = (rows / module.grid.highest).reshape(-1, *[1] * (module.scale.dim() - 1))
+        module.set_scale(scale.expand_as(module.scale))
+    for activation in program.activation_quantizers:
+        found = program.module.get_submodule(activation.module)
+        assert isinstance(found, ActivationFakeQuantizer)
+        found.set_range(torch.tensor(2.0**-5), torch.tensor(120.75))
+    program.facts.add("calibrated")
+    return program
+
+
+def test_text() -> None:
+    program = _calibrated()
+    assert BEFORE == pick(
+        program,
+        "weight_quantizers_model_embed_tokens_weight", "embedding",
+        "activation_quantizers_rms_norm_default_1",
+        "weight_quantizers_model_layers_0_mlp_up_proj_weight", "linear_5",
+    )
+    # Seven linears, head and embedding; five inputs, keys and values.
+    assert run(program, FreezeQuantizers()).changed == 9 + 7
+    assert AFTER == pick(
+        program,
+        "embedding_default", "activation_quantizers_rms_norm_default_1_frozen", "linear_5_frozen",
+    )
+    assert UP not in dict(program.module.named_parameters())
+
+
+@pytest.mark.parametrize("block", [0, 8], ids=["per_channel", "per_block"])
+def test_codes(block: int) -> None:
+    """The codes are quant.grid's, inputs first for a linear, rows first for an embedding."""
+    program = _calibrated(block)
+    up, table = program.parameter(UP), program.parameter(TABLE)
+    run(program, FreezeQuantizers())
+    scale = program.parameter(f"{UP}_scale")
+    assert scale.shape == ((40,) if block == 0 else (3, 40))
+    expanded = scale if block == 0 else scale.repeat_interleave(block, 0)
+    expected = quantize(up.t(), expanded, None, Grid(4, symmetric=True))
+    codes = program.parameter(f"{UP}_codes")
+    assert (codes.dtype, codes.shape) == (torch.int8, (24, 40))
+    assert codes.equal(expected.to(torch.int8))
+    rows = program.parameter(f"{TABLE}_scale")[:, None]
+    expected = quantize(table, rows, None, Grid(8, symmetric=True))
+    assert program.parameter(f"{TABLE}_codes").equal(expected.to(torch.int8))
+
+
+@pytest.mark.parametrize("block", [0, 8], ids=["per_channel", "per_block"])
+def test_numbers(block: int) -> None:
+    """The frozen program is the fake-quantised one."""
+    program = _calibrated(block)
+    ids = make_tokens(CONFIG, 2, 11)
+    before = program.run(ids)
+    run(program, FreezeQuantizers())
+    # The weights' values are the same bits; a matmul on (K, N) may sum in another order, which
+    # moves an activation code by one in rare ties: none here, so only rounding is left.
+    torch.testing.assert_close(program.run(ids), before, rtol=0, atol=1e-5)
+    assert FreezeQuantizers.effect is Effect.APPROXIMATES
+
+
+def test_near_miss() -> None:
+    """Without ranges there is nothing to freeze: the pipeline names the missing fact."""
+    program = _calibrated()
+    program.facts.remove("calibrated")
+    with pytest.raises(PassError, match="pass freeze_quantizers requires calibrated, which no"):
+        run(program, FreezeQuantizers())
+
+
+def test_twice() -> None:
+    program = _calibrated()
+    run(program, FreezeQuantizers())
+    assert_settled(program, FreezeQuantizers())

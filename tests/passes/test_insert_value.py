@@ -1,0 +1,55 @@
+"""insert_value (T_v): a map of each KV head's values, undone in the output projection."""
+
+from __future__ import annotations
+
+from fptq_compiler.passes.insert_transforms import InsertValue
+from fptq_compiler.transforms import Affine
+from tests.passes.steps import EXACT, ONE, assert_settled, change, pick, run, with_sites
+from tests.toys import ToyConfig
+
+NAME = "value.model.layers.0.self_attn"
+
+BEFORE = """
+linear_2 = linear(rms_norm_default, %model.layers.0.self_attn.v_proj.weight)
+linear_3 = linear(flatten, %model.layers.0.self_attn.o_proj.weight)
+"""
+
+AFTER = """
+edges_value_model_layers_0_self_attn_0 = [edges.value_model_layers_0_self_attn.0]\
+(%model.layers.0.self_attn.v_proj.weight)
+linear_2 = linear(rms_norm_default, edges_value_model_layers_0_self_attn_0)
+edges_value_model_layers_0_self_attn_1 = [edges.value_model_layers_0_self_attn.1]\
+(%model.layers.0.self_attn.o_proj.weight)
+linear_3 = linear(flatten, edges_value_model_layers_0_self_attn_1)
+"""
+
+
+def test_text() -> None:
+    program = with_sites(ONE)
+    assert pick(program, "linear_2", "linear_3") == BEFORE
+    assert run(program, InsertValue(1)).changed == 1
+    edge = "edges_value_model_layers_0_self_attn"
+    assert pick(program, f"{edge}_0", "linear_2", f"{edge}_1", "linear_3") == AFTER
+    transform = program.maps[NAME]
+    assert isinstance(transform, Affine)
+    assert (transform.blocks, transform.block) == (2, 8)  # one a KV head
+
+
+def test_numbers() -> None:
+    packed = ToyConfig(layers=1, packed_qkv="slice", attention_bias=True)
+    for config in (ONE, packed, ToyConfig(layers=1, kv_heads=4)):
+        assert change(with_sites(config), InsertValue(1)) < EXACT
+
+
+def test_near_miss() -> None:
+    program = with_sites(ToyConfig(layers=1, value_readers=2))
+    assert run(program, InsertValue(1)).changed == 0
+    assert program.maps == {}
+    (site,) = program.sites.attention
+    assert site.refused["value"] == "v has a second reader, mean"
+    (miss,) = (m for m in program.near_misses if m.what == "value")
+    assert 'toys.py", line' in miss.source
+
+
+def test_twice() -> None:
+    assert_settled(with_sites(ONE, InsertValue(1)), InsertValue(1))
