@@ -134,10 +134,13 @@ def _compile(
         return ids
 
     ids = tokens() if needs_calibration(recipe) else None
-    quantize_program(
-        program, recipe, ids, report=report, progress=progress, work=work,
-        dump_dir=options.dump_dir,
-    )
+    program.move(options.device)
+    transform(program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir)
+    quantize(program, recipe, ids, report, progress, dump_dir=options.dump_dir)
+    program.move("cpu")
+    report.sites = site_rows(program, possible=False)
+    report.near_misses = [str(m) for m in program.near_misses]
+    report.decisions = program.decisions + report.decisions
     lower(program, output, recipe, report, probe=_probe(ids, vocabulary, recipe),
           force=options.force, progress=progress)
     if options.report is not None:
@@ -152,25 +155,25 @@ def needs_calibration(recipe: Recipe) -> bool:
     return recipe.local.objective == "activations" and recipe.local.steps > 0
 
 
-def quantize_program(
+def transform(
     program: Program,
     recipe: Recipe,
     ids: Tensor | None,
-    *,
     report: Report,
     progress: Progress,
+    *,
     work: WorkFolder | None = None,
     dump_dir: Path | None = None,
 ) -> None:
-    """Everything between capture and lowering: sites, transforms, training, fold, quantisers.
+    """From capture to folded weights: sites, transforms, local optimisation, fold.
 
     Args:
-        program: as `unlift` gives it; frozen in place.
-        recipe: what to do.
-        ids: calibration tokens (samples, length); None where nothing needs them.
-        report: gets stages, sites, decisions, curves.
+        program: as `unlift` gives it; rewritten in place, its function preserved.
+        recipe: which transforms, and how they are optimised.
+        ids: calibration tokens (samples, length), where the objective needs activations.
+        report: gets stages, curves and the errors that verification measured.
         progress: listens.
-        work: keeps what is finished, for a run that goes on.
+        work: keeps trained transforms, for a run that goes on.
         dump_dir: an existing folder for the graph after each pass.
     """
     verifier: Verifier | None = None
@@ -191,11 +194,6 @@ def quantize_program(
         _run(program, (FoldTransforms(), FreezeOnline()), verifier, dump_dir)
     if verifier is not None:
         report.preserved.update(verifier.errors)
-    with report.stage("quantise"):
-        _quantize(program, recipe, ids, dump_dir, progress, report)
-    report.sites = site_rows(program, possible=False)
-    report.near_misses = [str(m) for m in program.near_misses]
-    report.decisions = program.decisions + report.decisions
 
 
 def _run(
@@ -238,14 +236,25 @@ def _optimize(
     return curves
 
 
-def _quantize(
+def quantize(
     program: Program,
     recipe: Recipe,
     ids: Tensor | None,
-    dump_dir: Path | None,
-    progress: Progress,
     report: Report,
+    progress: Progress,
+    *,
+    dump_dir: Path | None = None,
 ) -> None:
+    """From folded weights to the frozen integer program: quantisers, ranges, codes.
+
+    Args:
+        program: as `transform` leaves it; frozen in place.
+        recipe: bits and norms.
+        ids: calibration tokens (samples, length); None where no activation is quantised.
+        report: gets the stage, signal-to-noise ratios and decisions.
+        progress: listens.
+        dump_dir: an existing folder for the graph after each pass.
+    """
     place = PlaceQuantizers(
         weights=recipe.bits.weights,
         activations=recipe.bits.activations,
@@ -254,23 +263,24 @@ def _quantize(
         embedding_bits=recipe.embedding_bits,
         head_bits=recipe.head_bits,
     )
-    _run(program, (place,), None, dump_dir)
-    report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
-    steps: list[Pass] = []
-    if program.activation_quantizers:
-        assert ids is not None
-        found = calibrate_activations(
-            program,
-            [row.unsqueeze(0) for row in ids],
-            p=recipe.activations.p,
-            sinks=recipe.activations.sinks,
-            progress=progress,
-        )
-        report.sqnr.update(found.sqnr)
-        steps.append(ProtectFirstPosition(found.first_position))
-        report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
-    program.facts.add("calibrated")
-    _run(program, (*steps, FreezeQuantizers()), None, dump_dir)
+    with report.stage("quantise"):
+        _run(program, (place,), None, dump_dir)
+        report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
+        steps: list[Pass] = []
+        if program.activation_quantizers:
+            assert ids is not None
+            found = calibrate_activations(
+                program,
+                [row.unsqueeze(0) for row in ids],
+                p=recipe.activations.p,
+                sinks=recipe.activations.sinks,
+                progress=progress,
+            )
+            report.sqnr.update(found.sqnr)
+            steps.append(ProtectFirstPosition(found.first_position))
+            report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
+        program.facts.add("calibrated")
+        _run(program, (*steps, FreezeQuantizers()), None, dump_dir)
 
 
 def _sink_words(sinks: str, factors: dict[str, float]) -> str:

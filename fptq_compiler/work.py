@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +51,24 @@ class WorkFolder:
         path = self._path("calibration", "npy")
         if path is None or not path.exists():
             return None
+        try:
+            ids = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning("%s cannot be read (%s); calibration starts again", path.name, error)
+            return None
         logger.info("calibration tokens from %s", path.name)
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        return ids
 
     def save_ids(self, ids: Tensor) -> None:
-        """Keep token ids."""
+        """Keep token ids.
+
+        Raises:
+            LoweringError: they cannot be written.
+        """
         path = self._path("calibration", "npy")
         if path is not None:
-            partial = path.with_name(f"{path.stem}.partial.npy")
-            np.save(partial, ids.numpy(), allow_pickle=False)
-            partial.replace(path)
+            with _whole(path) as partial, partial.open("wb") as file:
+                np.save(file, ids.numpy(), allow_pickle=False)
 
     def load_maps(self, program: Program) -> dict[str, list[float]] | None:
         """Put trained maps back; gives their learning curves, or None where there are none."""
@@ -80,7 +90,11 @@ class WorkFolder:
         return dict(curves)
 
     def save_maps(self, program: Program, curves: dict[str, list[float]]) -> None:
-        """Keep trained maps and their curves."""
+        """Keep trained maps and their curves.
+
+        Raises:
+            LoweringError: they cannot be written.
+        """
         path = self._path("maps", "safetensors")
         if path is None:
             return
@@ -89,14 +103,36 @@ class WorkFolder:
             for name, transform in program.maps.items()
             for key, value in transform.state_dict().items()
         }
-        partial = path.with_suffix(".partial")
-        save_file(state, partial, {"curves": json.dumps(curves)})
-        partial.replace(path)
+        with _whole(path) as partial:
+            save_file(state, partial, {"curves": json.dumps(curves)})
 
     def _path(self, name: str, suffix: str) -> Path | None:
         if self._folder is None:
             return None
         return self._folder / f"{name}-{self._fingerprint}.{suffix}"
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` when all is written.
+
+    Raises:
+        LoweringError: the folder is full, or may not be written to.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        message = (
+            f"cannot write {path.name} to the work folder {path.parent}: {reason}; free space "
+            "there, name another folder, or leave --work-dir out"
+        )
+        raise LoweringError(message) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def fingerprint(recipe: Recipe, program: Program) -> str:

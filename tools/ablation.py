@@ -1,6 +1,6 @@
 """Each transform alone, all but each, and all: perplexity of the quantised model on real text.
 
-    python3 tools/ablation.py MODEL --text FILE --calibration FILE --bits 4-8-8
+    python3 tools/ablation.py MODEL --text FILE --calibration FILE --bits 4-8-8,4-4-4
 
 The frozen program itself is evaluated; its codes are those of the ONNX file (every compilation
 checks that), so the figures are the file's, without the time of lowering fourteen times.
@@ -15,12 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fptq_compiler.capture import capture
-from fptq_compiler.driver import quantize_program, vocabulary_of
+from fptq_compiler.driver import quantize, transform, vocabulary_of
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.perplexity import perplexity
@@ -46,7 +45,7 @@ def cases(which: str) -> dict[str, str]:
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--text", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--calibration", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--bits", default="4-8-8", show_default=True)
+@click.option("--bits", default="4-8-8,4-4-4", show_default=True)
 @click.option("--recipe", "recipe_name", default="fptquant-local", show_default=True)
 @click.option("--window", default=512, show_default=True)
 @click.option("--tokens", default=4096, show_default=True)
@@ -64,28 +63,37 @@ def main(
     original = unlift(captured.program)
     tokenizer = load_tokenizer(captured.tokenizer or model)
     stream = token_stream(text, tokenizer, tokens)
-    recipe = changed(load_recipe(recipe_name).override(bits=bits), settings)
+    recipe = changed(load_recipe(recipe_name).override(verify="off"), settings)
     ids = load_calibration(
         calibration, tokenizer=tokenizer, samples=recipe.calibration.samples,
         length=recipe.calibration.length, vocabulary=vocabulary_of(original),
     ).ids
-    rows: dict[str, float] = {
-        "original": perplexity(original.run, stream, window, tokens).perplexity
-    }
-    Console().print("original", f"{rows['original']:.2f}")
+    console, widths = Console(), bits.split(",")
+    exact = perplexity(original.run, stream, window, tokens).perplexity
+    console.print(f"original: {exact:.2f}")
+    rows: dict[str, list[float]] = {}
     for label, words in cases(which).items():
         started = time.perf_counter()
-        rows[label] = quantized_perplexity(
-            original, recipe.override(transforms=words), ids, stream, window, tokens
-        )
-        seconds = time.perf_counter() - started
-        Console().print(f"{label}: {rows[label]:.2f} ({seconds:.0f} s)")
+        folded = Program(copy.deepcopy(original.module), original.inputs)
+        chosen = recipe.override(transforms=words)
+        report, silent = Report(origin="ablation"), SilentProgress()
+        transform(folded, chosen, ids, report, silent)
+        rows[label] = []
+        for setting in widths:
+            program = replace(
+                folded, module=copy.deepcopy(folded.module), facts=set(folded.facts),
+                activation_quantizers=[], weight_quantizers=[],
+            )
+            quantize(program, chosen.override(bits=setting), ids, report, silent)
+            rows[label].append(perplexity(program.run, stream, window, tokens).perplexity)
+        words = ", ".join(f"{w}: {v:,.2f}" for w, v in zip(widths, rows[label], strict=True))
+        console.print(f"{label}: {words} ({time.perf_counter() - started:.0f} s)")
         if json_path is not None:
-            json_path.write_text(json.dumps({"bits": bits, "perplexity": rows}, indent=1))
-    table = Table("transforms", f"perplexity at {bits}")
-    for label, value in rows.items():
-        table.add_row(label, f"{value:,.1f}")
-    Console().print(table)
+            json_path.write_text(json.dumps({"original": exact, "bits": widths, "rows": rows}))
+    table = Table("transforms", *(f"perplexity at {w}" for w in widths))
+    for label, values in rows.items():
+        table.add_row(label, *(f"{v:,.1f}" for v in values))
+    console.print(table)
 
 
 def changed(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
@@ -95,20 +103,12 @@ def changed(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
         part, _, name = path.partition(".")
         record = getattr(recipe, part)
         old = getattr(record, name)
-        new = (value == "true") if isinstance(old, bool) else type(old)(value)
+        if isinstance(old, tuple):
+            new: object = tuple(value.split("+"))
+        else:
+            new = (value == "true") if isinstance(old, bool) else type(old)(value)
         recipe = replace(recipe, **{part: replace(record, **{name: new})})
     return recipe
-
-
-def quantized_perplexity(
-    original: Program, recipe: Recipe, ids: torch.Tensor, stream: torch.Tensor, window: int,
-    tokens: int,
-) -> float:
-    """Compile a copy as far as the frozen program, and evaluate that."""
-    program = Program(copy.deepcopy(original.module), original.inputs)
-    report = Report(origin="ablation")
-    quantize_program(program, recipe, ids, report=report, progress=SilentProgress())
-    return perplexity(program.run, stream, window, tokens).perplexity
 
 
 if __name__ == "__main__":

@@ -124,6 +124,10 @@ def _identify_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as zipped:
             names = zipped.namelist()
+            start = min((entry.header_offset for entry in zipped.infolist()), default=0)
+        if start != 0:  # without its own end, a zip file inside it is found instead
+            reason = f"its directory describes only what follows byte {start}"
+            raise zipfile.BadZipFile(reason)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         message = (
             f"{path.name}: the archive is truncated or damaged ({error}). "

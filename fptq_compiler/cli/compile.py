@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import click
 
 from fptq_compiler.cli.console import listening
 from fptq_compiler.cli.entry import EXIT_CODES, Settings, run, version_text
-from fptq_compiler.errors import RecipeError
+from fptq_compiler.errors import LoweringError, RecipeError
 from fptq_compiler.recipe import (
     BUILT_IN,
     DEFAULT_RECIPE,
@@ -176,6 +177,7 @@ def check_output(model: Path, output: Path) -> None:
 
     Raises:
         RecipeError: its folder does not exist, or it is the model itself.
+        LoweringError: its folder may not be written to.
     """
     if not output.parent.is_dir():
         message = f"-o {output}: there is no folder {output.parent}"
@@ -183,6 +185,9 @@ def check_output(model: Path, output: Path) -> None:
     if output.exists() and output.samefile(model):
         message = f"-o {output}: that is the model itself"
         raise RecipeError(message)
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        message = f"-o {output}: no permission to write to the folder {output.parent}"
+        raise LoweringError(message)
 
 
 def check_device(device: str) -> None:

@@ -27,6 +27,9 @@ from fptq_compiler.progress import Progress, SilentProgress
 _PATIENCE: Final = 15.0
 """Seconds between two lines about the same piece of work, where there is no terminal."""
 
+_NOTICES: Final = ("torch.onnx", "torch.export")
+"""Loggers that tell developers of missing extras; they have handlers of their own."""
+
 
 class BarProgress:
     """Progress bars on a terminal, the innermost lowest; each vanishes when its work is done."""
@@ -134,6 +137,10 @@ def listening(verbosity: int) -> Iterator[Progress]:
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)
+    others = {name: logging.getLogger(name).level for name in _NOTICES}
+    if verbosity <= 0:
+        for name in others:
+            logging.getLogger(name).setLevel(logging.ERROR)
     bars = BarProgress(console) if console.is_terminal and verbosity >= 0 else None
     try:
         with warnings.catch_warnings():
@@ -150,3 +157,5 @@ def listening(verbosity: int) -> Iterator[Progress]:
             bars.close()
         logger.removeHandler(handler)
         logger.setLevel(before)
+        for name, other in others.items():
+            logging.getLogger(name).setLevel(other)

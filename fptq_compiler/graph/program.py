@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.sites import Sites
@@ -73,6 +75,7 @@ class Program:
         scaled: whether the residual path carries S_n.
         activation_quantizers, weight_quantizers: what place_quantizers put in.
         decisions: what the compiler decided, in words, for the report.
+        device: where the parameters are.
     """
 
     module: fx.GraphModule
@@ -85,6 +88,7 @@ class Program:
     activation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
     weight_quantizers: list[WeightQuantizer] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def graph(self) -> fx.Graph:
@@ -115,7 +119,21 @@ class Program:
         plain = evaluate.default_inputs(self.module, ids.shape[0], ids.shape[1])
         values = list(plain.values())
         values[self.ids_index] = ids
-        return values
+        return [v.to(self.device) for v in values]
+
+    def move(self, device: str | torch.device) -> None:
+        """Take the parameters, and every device that the graph names, to `device`."""
+        target = torch.device(device)
+
+        def moved(value: Any) -> Any:
+            return target if isinstance(value, torch.device) else value
+
+        self.module.to(target)
+        for node in self.graph.nodes:
+            node.args = map_aggregate(node.args, moved)
+            node.kwargs = map_aggregate(node.kwargs, moved)
+        self.module.recompile()
+        self.device = target
 
     @property
     def ids_index(self) -> int:

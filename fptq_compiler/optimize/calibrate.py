@@ -44,7 +44,7 @@ def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[st
             assert isinstance(module, WeightFakeQuantizer)
             weight = program.parameter(record.parameter).float()
             module.set_scale(weight_scale(weight, module.grid, module.granularity, p))
-            found[record.parameter] = sqnr(weight, module(weight))
+            found[record.parameter] = module.sqnr(weight)
             progress.advance(1, record.parameter)
     progress.done()
     return found

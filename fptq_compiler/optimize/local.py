@@ -232,7 +232,7 @@ def _sampled(weight: Tensor, edges: Sequence[Edge], generator: torch.Generator) 
         return weight
     free = 1 if sides == {Side.OUT} else 0
     chosen = torch.randperm(weight.shape[free], generator=generator)[:VECTORS]
-    return weight.index_select(free, chosen)
+    return weight.index_select(free, chosen.to(weight.device))
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor, name: str) -> None:

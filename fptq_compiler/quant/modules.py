@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from fptq_compiler.quant.granularity import PerBlock, PerChannel
 from fptq_compiler.quant.grid import Grid, fake_quantize, quantize, round_zero_point
+
+CHUNK = 1 << 22
 
 
 class ActivationFakeQuantizer(nn.Module):
@@ -58,7 +63,29 @@ class WeightFakeQuantizer(nn.Module):
         scale = self.granularity.expand(self.scale, weight.shape)
         return fake_quantize(weight, scale, None, self.grid)
 
+    @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
         """Integer codes (rows, columns), int8."""
-        scale = self.granularity.expand(self.scale, weight.shape)
-        return quantize(weight.float(), scale, None, self.grid).to(torch.int8)
+        found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for rows, scale in self._chunks(weight):
+            found[rows] = quantize(weight[rows].float(), scale, None, self.grid).to(torch.int8)
+        return found
+
+    @torch.no_grad()
+    def sqnr(self, weight: Tensor) -> float:
+        """Signal-to-noise ratio of the quantised weight in dB."""
+        signal = noise = 0.0
+        for rows, scale in self._chunks(weight):
+            exact = weight[rows].float()
+            error = fake_quantize(exact, scale, None, self.grid) - exact
+            signal += float(exact.double().square().sum())
+            noise += float(error.double().square().sum())
+        return 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+
+    def _chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Row ranges of at most CHUNK values, each with its scale: a head need not be copied."""
+        step = max(1, CHUNK // weight.shape[1])
+        for start in range(0, weight.shape[0], step):
+            rows = slice(start, start + step)
+            shape = weight[rows].shape
+            yield rows, self.granularity.expand(self.scale[rows], shape)

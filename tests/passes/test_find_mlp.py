@@ -67,9 +67,7 @@ def _program(formula: Callable[[MLP, Tensor], Tensor], *steps: Pass) -> Program:
 
 def test_site_without_a_gate() -> None:
     """ReLU passes every positive scale: up alone, as in cross-layer equalisation."""
-    program = _program(
-        lambda m, x: m.down_proj(functional.relu(m.up_proj(x))), *READY, FindMlp()
-    )
+    program = _program(lambda m, x: m.down_proj(functional.relu(m.up_proj(x))), *READY, FindMlp())
     (site,) = program.sites.mlp
     assert site.gate is None
     assert site.up is not None
@@ -98,8 +96,10 @@ NO_UP = "no projection whose output channels pass to the down projection by a pr
             NO_UP,
         ),
         (
-            lambda m, x: m.down_proj(functional.silu(m.gate_proj(x)) * (up := m.up_proj(x)))
-            + up.mean(-1, keepdim=True),
+            lambda m, x: (
+                m.down_proj(functional.silu(m.gate_proj(x)) * (up := m.up_proj(x)))
+                + up.mean(-1, keepdim=True)
+            ),
             "linear_5 has a second reader, mean",
         ),
     ],

@@ -26,8 +26,11 @@ def test_site() -> None:
     assert site.stream == ("embedding", "add_2", "add_3")
     assert site.norms == ("rms_norm_default", "rms_norm_default_1", "rms_norm_default_2")
     assert [r.node for r in site.readers] == [
-        "linear", "linear_1", "linear_2",  # q, k, v
-        "linear_4", "linear_5",  # gate, up
+        "linear",
+        "linear_1",
+        "linear_2",  # q, k, v
+        "linear_4",
+        "linear_5",  # gate, up
         "linear_7",  # head
     ]
     assert [w.weight for w in site.writers] == [
@@ -124,7 +127,7 @@ def test_near_miss(edit: Callable[[Toy], None], node: str, reason: str) -> None:
     assert program.sites.residual is None
     (miss,) = result.near_misses
     assert (miss.what, miss.node, miss.reason) == ("residual", node, reason)
-    assert ', line ' in miss.source
+    assert ", line " in miss.source
 
 
 def test_twice() -> None:

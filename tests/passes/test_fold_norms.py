@@ -67,7 +67,8 @@ def test_near_miss_a_norm_inside_attention() -> None:
     program = with_sites(ToyConfig(layers=1, qk_norm=True))
     result = run(program, FoldNorms())
     assert [(m.what, m.node) for m in result.near_misses] == [
-        ("norm", "rms_norm_default_1"), ("norm", "rms_norm_default_2"),
+        ("norm", "rms_norm_default_1"),
+        ("norm", "rms_norm_default_2"),
     ]
     assert result.near_misses[0].reason.startswith("the gain stays: ")
     assert 'toys.py", line' in result.near_misses[0].source

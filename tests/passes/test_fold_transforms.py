@@ -51,7 +51,8 @@ def _inserted(config: ToyConfig) -> Program:
 def test_text() -> None:
     program = _inserted(ONE)
     chain = (
-        "edges_updown_model_layers_0_mlp_1", "edges_hadamard_model_layers_0_mlp_0",
+        "edges_updown_model_layers_0_mlp_1",
+        "edges_hadamard_model_layers_0_mlp_0",
         "edges_residual_2",
     )
     reader = ("online_hadamard_model_layers_0_mlp", "linear_6")

@@ -64,17 +64,27 @@ def _calibrated(block: int = 0) -> Program:
 
 def test_text() -> None:
     program = _calibrated()
-    assert BEFORE == pick(
-        program,
-        "weight_quantizers_model_embed_tokens_weight", "embedding",
-        "activation_quantizers_rms_norm_default_1",
-        "weight_quantizers_model_layers_0_mlp_up_proj_weight", "linear_5",
+    assert (
+        pick(
+            program,
+            "weight_quantizers_model_embed_tokens_weight",
+            "embedding",
+            "activation_quantizers_rms_norm_default_1",
+            "weight_quantizers_model_layers_0_mlp_up_proj_weight",
+            "linear_5",
+        )
+        == BEFORE
     )
     # Seven linears, head and embedding; five inputs, keys and values.
     assert run(program, FreezeQuantizers()).changed == 9 + 7
-    assert AFTER == pick(
-        program,
-        "embedding_default", "activation_quantizers_rms_norm_default_1_frozen", "linear_5_frozen",
+    assert (
+        pick(
+            program,
+            "embedding_default",
+            "activation_quantizers_rms_norm_default_1_frozen",
+            "linear_5_frozen",
+        )
+        == AFTER
     )
     assert UP not in dict(program.module.named_parameters())
 

@@ -1,4 +1,4 @@
-"""insert_prerope (T_k): rotations and scales of RoPE's pairs, T on the keys, T⁻ᵀ on the queries."""
+"""insert_prerope (T_k): a turn and a scale of RoPE's pairs, T on keys, T⁻ᵀ on queries."""
 
 from __future__ import annotations
 

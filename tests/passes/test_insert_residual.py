@@ -37,11 +37,18 @@ def test_text() -> None:
     gain = "edges_gain_rms_norm_default_2_linear_7"
     assert pick(program, "embedding", "linear_6", gain, "linear_7") == BEFORE
     assert run(program, InsertResidual(1)).changed == 9
-    assert AFTER == pick(
-        program,
-        "edges_residual_0", "embedding",
-        "edges_residual_2", "linear_6",
-        gain, "edges_residual_8", "linear_7",
+    assert (
+        pick(
+            program,
+            "edges_residual_0",
+            "embedding",
+            "edges_residual_2",
+            "linear_6",
+            gain,
+            "edges_residual_8",
+            "linear_7",
+        )
+        == AFTER
     )
 
 
@@ -71,8 +78,9 @@ def test_numbers() -> None:
 
 
 def test_the_seed_gives_the_map() -> None:
-    one, same, other = (with_sites(ONE, *READY, InsertResidual(s)).maps["residual"]
-                        for s in (1, 1, 2))
+    one, same, other = (
+        with_sites(ONE, *READY, InsertResidual(s)).maps["residual"] for s in (1, 1, 2)
+    )
     assert isinstance(one, Rotation)
     assert one.matrix().equal(same.matrix())
     assert not one.matrix().equal(other.matrix())

@@ -32,9 +32,7 @@ def test_text() -> None:
     assert pick(program, "linear_4", "linear_5", "linear_6") == BEFORE
     assert run(program, InsertUpdown()).changed == 1
     edge = "edges_updown_model_layers_0_mlp"
-    assert AFTER == pick(
-        program, "linear_4", f"{edge}_0", "linear_5", f"{edge}_1", "linear_6"
-    )
+    assert pick(program, "linear_4", f"{edge}_0", "linear_5", f"{edge}_1", "linear_6") == AFTER
 
 
 def test_numbers() -> None:

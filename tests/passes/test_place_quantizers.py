@@ -17,10 +17,16 @@ from tests.toys import ToyConfig, make_tokens
 PATH = "model.layers.0"
 
 
-def _place(weights: int = 4, activations: int = 8, cache: int = 8, block: int = 0) -> PlaceQuantizers:
+def _place(
+    weights: int = 4, activations: int = 8, cache: int = 8, block: int = 0
+) -> PlaceQuantizers:
     return PlaceQuantizers(
-        weights=weights, activations=activations, cache=cache, block=block,
-        embedding_bits=8, head_bits=8,
+        weights=weights,
+        activations=activations,
+        cache=cache,
+        block=block,
+        embedding_bits=8,
+        head_bits=8,
     )
 
 
@@ -53,16 +59,24 @@ def test_text() -> None:
     assert pick(program, "linear_4", "linear_5") == BEFORE
     # Seven linears, head and embedding; five inputs, keys and values.
     assert run(program, _place()).changed == 9 + 7
-    assert AFTER == pick(
-        program,
-        "weight_quantizers_model_layers_0_mlp_gate_proj_weight",
-        "activation_quantizers_rms_norm_default_1",
-        "linear_4", "linear_5",
+    assert (
+        pick(
+            program,
+            "weight_quantizers_model_layers_0_mlp_gate_proj_weight",
+            "activation_quantizers_rms_norm_default_1",
+            "linear_4",
+            "linear_5",
+        )
+        == AFTER
     )
-    assert CORE == pick(
-        program,
-        "activation_quantizers_add_1_key", "activation_quantizers_transpose_2_value",
-        "attention_default",
+    assert (
+        pick(
+            program,
+            "activation_quantizers_add_1_key",
+            "activation_quantizers_transpose_2_value",
+            "attention_default",
+        )
+        == CORE
     )
 
 
@@ -79,13 +93,18 @@ def test_records() -> None:
     inputs = {q.node: q for q in program.activation_quantizers}
     node = "activation_quantizers_rms_norm_default_1"
     assert inputs[node] == ActivationQuantizer(
-        "activation_quantizers.rms_norm_default_1", node, ("linear_4", "linear_5"),
-        "linear input", 4,
+        "activation_quantizers.rms_norm_default_1",
+        node,
+        ("linear_4", "linear_5"),
+        "linear input",
+        4,
     )
     # The head's input has 8 bits at least.
     assert [q.bits for q in program.activation_quantizers if q.role == "head input"] == [8]
     assert [q.role for q in program.activation_quantizers if q.bits == 8] == [
-        "head input", "key", "value",
+        "head input",
+        "key",
+        "value",
     ]
 
 

@@ -1,7 +1,7 @@
 """scale_residual (S_n): the stream is carried normalised, every branch scaled by the same factor.
 
-    r_n = 1 / sqrt(mean(Z̃_n²) + ε S_{n-1}²)     S_n = S_{n-1} r_n     Ẑ_n = r_n Z̃_n
-    Z̃_{n+1} = Ẑ_n + S_n F_n(Ẑ_n)
+r_n = 1 / sqrt(mean(Z̃_n²) + ε S_{n-1}²)     S_n = S_{n-1} r_n     Ẑ_n = r_n Z̃_n
+Z̃_{n+1} = Ẑ_n + S_n F_n(Ẑ_n)
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def test_sites(config: ToyConfig) -> None:
     assert len(sites.attention) == len(sites.mlp) == config.layers
     for attention in sites.attention:
         assert (attention.heads, attention.kv_heads, attention.head_dim) == (
-            config.heads, config.kv_heads, config.head_dim,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
         )
         assert attention.rope == _rope(config)
         assert None not in (attention.v, attention.o)
@@ -111,6 +113,7 @@ def _expected(config: ToyConfig, name: str) -> bool:
     return name not in refused and not (name == "scaling" and "residual" in refused)
 
 
+@pytest.mark.slow
 @every_spelling
 def test_each_transform_alone(config: ToyConfig) -> None:
     verifier = Verifier(captured(config), config.vocabulary, seed=7)

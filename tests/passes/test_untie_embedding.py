@@ -33,7 +33,9 @@ def test_text() -> None:
     site = program.sites.residual
     assert site is not None
     assert (site.tied, site.head.weight, site.readers[-1]) == (
-        False, f"{TABLE}_untied", site.head,
+        False,
+        f"{TABLE}_untied",
+        site.head,
     )
 
 

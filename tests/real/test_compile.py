@@ -227,15 +227,16 @@ def test_large_weights_lie_beside_the_file(
     ("config", "missing"),
     [
         (ToyConfig(layers=1, qk_norm=True), {"prerope"}),
-        (ToyConfig(layers=1, rope="none", activation="relu", packed_qkv="split"), set()),
+        (ToyConfig(layers=1, rope="none", packed_qkv="split", packed_gate_up="chunk"), set()),
+        (ToyConfig(layers=1, activation="relu"), set()),
         (ToyConfig(layers=1, norm="one_plus", attention="eager", dtype=torch.bfloat16), set()),
     ],
-    ids=["qk-norm", "no-rope-relu-packed", "one-plus-eager-bfloat16"],
+    ids=["qk-norm", "no-rope-packed", "relu", "one-plus-eager-bfloat16"],
 )
 def test_other_spellings_go_the_whole_way(
     config: ToyConfig, missing: set[str], tmp_path: Path
 ) -> None:
     compiled = compile_toy(config, quick("4-8-8"), tmp_path / "toy.onnx")
     check_file(compiled, tmp_path)
-    named = {name for row in compiled.report.sites for name in row.missing}
+    named = {name for row in compiled.report.sites for name in row.not_applied}
     assert named == missing
