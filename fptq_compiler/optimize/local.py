@@ -203,15 +203,13 @@ def _train_site(
     trained = set(maps)
     terms: list[tuple[Tensor, list[Edge]]] = []
     for parameter, edges in plan.items():
-        mine = [isinstance(e, WeightEdge) and e.transform in trained for e in edges]
-        first = mine.index(True) if True in mine else None
         weight = program.parameter(parameter)
-        if first is None or weight.dim() != 2:
+        constant, moving = _split(edges, trained)
+        if not moving or weight.dim() != 2:
             continue
         with torch.no_grad():
-            start = _apply(edges[:first], weight).detach()
-        rest = list(edges[first:])
-        terms.append((_sampled(start, rest, generator), rest))
+            start = _apply(constant, weight).detach()
+        terms.append((_sampled(start, moving, generator), moving))
     inputs = [(program.maps[n], activations[n]) for n in names if n in activations]
     optimizer = torch.optim.AdamW(maps.parameters(), lr=learning_rate, weight_decay=0.0)
     curve = []
@@ -225,10 +223,31 @@ def _train_site(
     return curve
 
 
+def _split(edges: Sequence[Edge], trained: set[nn.Module]) -> tuple[list[Edge], list[Edge]]:
+    """Edges that can be applied once, and those that must be applied at every step.
+
+    Maps on the two sides of a weight commute, so of the edges behind a trained one only those
+    on its own side have to wait for it.
+    """
+    constant: list[Edge] = []
+    moving: list[Edge] = []
+    for edge in edges:
+        mine = isinstance(edge, WeightEdge) and edge.transform in trained
+        if mine or any(_side(edge) is _side(m) for m in moving):
+            moving.append(edge)
+        else:
+            constant.append(edge)
+    return constant, moving
+
+
+def _side(edge: Edge) -> Side:
+    return edge.port.side if isinstance(edge, WeightEdge) else Side.IN
+
+
 def _sampled(weight: Tensor, edges: Sequence[Edge], generator: torch.Generator) -> Tensor:
     """Up to VECTORS vectors along the axis that the edges act on, if they agree on one."""
-    sides = {e.port.side for e in edges if isinstance(e, WeightEdge)}
-    if len(sides) != 1 or len(sides) != len({type(e) for e in edges}):
+    sides = {_side(e) for e in edges}
+    if len(sides) != 1:
         return weight
     free = 1 if sides == {Side.OUT} else 0
     chosen = torch.randperm(weight.shape[free], generator=generator)[:VECTORS]

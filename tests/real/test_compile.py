@@ -148,7 +148,7 @@ def check_metadata(compiled: Compiled) -> None:
     assert b"site-packages" not in compiled.path.read_bytes()
 
 
-@pytest.mark.parametrize("setting", (*SETTINGS, "biased 4-8-8", "biased 4-16-8"))
+@pytest.mark.parametrize("setting", [*SETTINGS, "biased 4-8-8", "biased 4-16-8"])
 def test_a_toy_at_every_setting(toy: Compile, setting: str, tmp_path: Path) -> None:
     check_file(toy(setting), tmp_path)
 

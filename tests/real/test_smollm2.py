@@ -16,6 +16,7 @@ from fptq_compiler.capture.source import Captured
 from fptq_compiler.cli import compile as compile_cli
 from fptq_compiler.cli import evaluate as evaluate_cli
 from fptq_compiler.cli.entry import run
+from fptq_compiler.driver import vocabulary_of
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
@@ -41,7 +42,7 @@ def captured(smollm2: Path) -> Captured:
 
 @pytest.fixture(scope="module")
 def tokens(captured: Captured) -> Tensor:
-    vocabulary = unlift(captured.program).parameter("model.embed_tokens.weight").shape[0]
+    vocabulary = vocabulary_of(unlift(captured.program))
     return torch.randint(vocabulary, (1, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -99,7 +100,8 @@ def test_perplexity_at_4_8_8_from_the_command_line(
     assert said["size_after"] < 0.25 * said["size_before"]  # 4 bits of 32, and an 8-bit table
     capsys.readouterr()
     words = [str(output), "--text", str(text), "--tokenizer", str(smollm2)]
-    assert run(evaluate_cli.command, [*words, "--window", "512", "--tokens", "2048", "--json"]) == 0
+    words += ["--window", "512", "--tokens", "2048", "--json"]
+    assert run(evaluate_cli.command, words) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == 2048
     assert 20 < result["perplexity"] < BOUND

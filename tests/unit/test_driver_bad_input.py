@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fptq_compiler.cli.entry import run
 from fptq_compiler.lower import write
 from fptq_compiler.recipe import Recipe
 from tests.compiling import SMALL, exported, quick
-from tests.toys import ToyConfig, make_toy, make_tokens
+from tests.toys import ToyConfig, make_tokens, make_toy
 
 FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
 
@@ -88,7 +88,7 @@ def same_model(monkeypatch: pytest.MonkeyPatch, translated: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def translated(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Iterator[Path]:
+def translated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What torch.onnx makes of the toy, before INT4 is packed."""
     path = tmp_path_factory.mktemp("translated") / "raw.onnx"
     original = lower.to_onnx
@@ -101,7 +101,7 @@ def translated(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Iterator[
         patch.setattr(lower, "to_onnx", keep)
         options = driver.Options(recipe=quick("4-8-8"))
         driver.compile_model(exported(SMALL), path.with_name("toy.onnx"), options=options)
-    yield path
+    return path
 
 
 # --- the model ---------------------------------------------------------------------------------
