@@ -134,7 +134,7 @@ class WeightsRecipe:
     """
 
     block: int = 0
-    p: float = 2.4
+    p: float = 2.0
     embedding_bits: int = 8
     head_bits: int = 8
 
@@ -155,7 +155,7 @@ class ActivationsRecipe:
             range search, "none" searches over every position alike.
     """
 
-    p: float = 3.0
+    p: float = 2.0
     sinks: str = "first-position"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,16 +84,13 @@ def load_pretrained(
     """
     try:
         with quiet_transformers():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that the report lists them all
-                **options,
-            )
+            try:
+                model, report = _from_pretrained(folder, options, dtype, "sdpa")
+            except ValueError as error:
+                if "attention implementation" not in str(error):
+                    raise
+                # Soft-capped attention, Gemma 2's, has no fused kernel.
+                model, report = _from_pretrained(folder, options, dtype, "eager")
     except Exception as error:  # transformers raises many types for a wrong folder
         reason = str(error).strip()[:500] or type(error).__name__
         message = (
@@ -103,6 +101,23 @@ def load_pretrained(
         raise CaptureError(message) from error
     _refuse_incomplete(report, origin)
     return model.eval()
+
+
+def _from_pretrained(
+    folder: Path, options: Mapping[str, Any], dtype: torch.dtype | str, attention: str
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model and transformers' report on what it found of it."""
+    found = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation=attention,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the report lists them all
+        **options,
+    )
+    return cast(tuple[Any, Mapping[str, Any]], found)
 
 
 def export_causal_lm(
@@ -242,7 +257,8 @@ def quiet_transformers() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # the GGUF reader's bar asks nobody
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:

@@ -11,7 +11,7 @@ activations their norms are added: what enters each quantiser counts like one mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -210,17 +210,27 @@ def _train_site(
         with torch.no_grad():
             start = _apply(constant, weight).detach()
         terms.append((_sampled(start, moving, generator), moving))
-    inputs = [(program.maps[n], activations[n]) for n in names if n in activations]
+    inputs = [(_entering(program, n), activations[n]) for n in names if n in activations]
     optimizer = torch.optim.AdamW(maps.parameters(), lr=learning_rate, weight_decay=0.0)
     curve = []
     for _ in range(steps):
         with shared_evaluation(maps):
             losses = [lp_norm(_apply(edges, weight), p) for weight, edges in terms]
-            losses += [lp_norm(transform.right(x), p) for transform, x in inputs]
+            losses += [lp_norm(quantized(x), p) for quantized, x in inputs]
             loss = torch.stack(losses).sum()
             _step(optimizer, loss, names[0])
         curve.append(float(loss.detach()))
     return curve
+
+
+def _entering(program: Program, name: str) -> Callable[[Tensor], Tensor]:
+    """From what a map reads to what the quantiser behind it sees, an online map included."""
+    site = name.partition(".")[2]
+    online = program.maps.get(f"hadamard.{site}") if name.startswith("updown.") else None
+    transform = program.maps[name]
+    if online is None:
+        return transform.right
+    return lambda x: online.right(transform.right(x))
 
 
 def _split(edges: Sequence[Edge], trained: set[nn.Module]) -> tuple[list[Edge], list[Edge]]:

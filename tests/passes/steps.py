@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import cache
 
@@ -16,7 +16,8 @@ from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import off_identity, relative_error
-from fptq_compiler.passes import FIND_SITES
+from fptq_compiler.passes import FIND_SITES, insertion
+from fptq_compiler.passes.place_quantizers import PlaceQuantizers
 from tests.toys import MAX_POSITIONS, Toy, ToyConfig, export_toy, make_tokens, make_toy
 
 ONE = ToyConfig(layers=1)
@@ -40,6 +41,20 @@ def captured(config: ToyConfig, *steps: Pass) -> Program:
 def with_sites(config: ToyConfig, *steps: Pass) -> Program:
     """Return the toy's program with its sites found, after `steps`."""
     return captured(config, *FIND_SITES, *steps)
+
+
+def transformed(config: ToyConfig, transforms: Collection[str]) -> Program:
+    """Return the toy's program with the named transforms inserted, not folded."""
+    places = ("down_proj",)
+    return with_sites(config, *insertion(transforms, seed=SEED, scaling_places=places))
+
+
+def quantized(config: ToyConfig) -> Program:
+    """Return the toy's program with 4-8-8 quantisers placed, their ranges not found."""
+    place = PlaceQuantizers(
+        weights=4, activations=8, cache=8, block=0, embedding_bits=8, head_bits=8
+    )
+    return with_sites(config, *insertion((), seed=SEED, scaling_places=()), place)
 
 
 def edited(config: ToyConfig, edit: Callable[[Toy], None], *steps: Pass) -> Program:

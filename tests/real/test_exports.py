@@ -169,3 +169,12 @@ def test_the_exported_program_is_left_as_it_was(generator: torch.Generator) -> N
     run_passes(program, (FoldTransforms(),))
     assert text() == before
     assert torch.equal(exported.module(check_guards=False)(ids), expected)
+
+
+def test_a_folder_of_a_model_without_a_fused_attention(tmp_path: Path) -> None:
+    make_model(Family("Gemma2", attention="eager")).save_pretrained(tmp_path)
+    program = unlift(capture(tmp_path).program)
+    run_passes(program, FIND_SITES)
+    assert len(program.sites.mlp) == 2
+    missed = [str(m) for m in program.near_misses]
+    assert any("expected aten.bmm or aten.matmul, found aten.tanh" in m for m in missed)

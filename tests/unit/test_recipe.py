@@ -82,11 +82,11 @@ def test_the_default_recipe_reads_as_written() -> None:
         "residual_learned = true\n"
         "\n[weights]\n"
         "block = 0\n"
-        "p = 2.4\n"
+        "p = 2.0\n"
         "embedding_bits = 8\n"
         "head_bits = 8\n"
         "\n[activations]\n"
-        "p = 3.0\n"
+        "p = 2.0\n"
         'sinks = "first-position"\n'
         "\n[local]\n"
         "steps = 100\n"
