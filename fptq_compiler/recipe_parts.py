@@ -88,7 +88,8 @@ class TransformsRecipe:
     Attributes:
         names: the transforms demanded; None is "auto" (every one that applies), () is none.
         where_possible: a transform without a site is reported, not an error.
-        scaling_places: linears whose input S_n multiplies.
+        scaling_places: linears whose input S_n multiplies; elsewhere it multiplies the output.
+            On SmolLM2 the input of o_proj is calmer without it.
         residual_learned: train T_r; otherwise it stays the Hadamard it starts from.
     """
 
@@ -96,7 +97,7 @@ class TransformsRecipe:
         default=None, metadata=spelled(read_transforms, _write_transforms)
     )
     where_possible: bool = True
-    scaling_places: tuple[str, ...] = SCALING_PLACES
+    scaling_places: tuple[str, ...] = ("down_proj",)
     residual_learned: bool = True
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "\n[transforms]\n"
         'names = "auto"\n'
         "where_possible = true\n"
-        'scaling_places = ["down_proj", "o_proj"]\n'
+        'scaling_places = ["down_proj"]\n'
         "residual_learned = true\n"
         "\n[weights]\n"
         "block = 0\n"
