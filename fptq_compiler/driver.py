@@ -24,6 +24,7 @@ from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_we
 from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
 from fptq_compiler.passes import FIND_SITES, insertion
+from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_online import FreezeOnline
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
@@ -121,7 +122,7 @@ def _compile(
     tokenizer = options.tokenizer or source.tokenizer
     report.size_before = _parameter_bytes(program)
     vocabulary = vocabulary_of(program)
-    work = WorkFolder(options.work_dir, recipe, program)
+    work = WorkFolder(options.work_dir, recipe, program, options.calibration)
     if options.dump_dir is not None:
         options.dump_dir.mkdir(parents=True, exist_ok=True)
 
@@ -151,6 +152,8 @@ def _compile(
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether anything is found from activations."""
     if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS:
+        return True
+    if recipe.bits.weights != FLOAT_BITS and recipe.weights.bias_correction:
         return True
     return recipe.local.objective == "activations" and recipe.local.steps > 0
 
@@ -267,8 +270,7 @@ def quantize(
         _run(program, (place,), None, dump_dir)
         report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
         steps: list[Pass] = []
-        if program.activation_quantizers:
-            assert ids is not None
+        if ids is not None:
             found = calibrate_activations(
                 program,
                 [row.unsqueeze(0) for row in ids],
@@ -277,6 +279,8 @@ def quantize(
                 progress=progress,
             )
             report.sqnr.update(found.sqnr)
+            if recipe.weights.bias_correction:
+                steps.append(CorrectBias(found.means))
             steps.append(ProtectFirstPosition(found.first_position))
             report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
         program.facts.add("calibrated")

@@ -132,12 +132,14 @@ class WeightsRecipe:
         p: power of the norm |w - ŵ|^p that the clip search minimises.
         embedding_bits: of the embedding table, a scale per row.
         head_bits: of the head, a scale per output channel.
+        bias_correction: give every linear the bias that keeps its mean output.
     """
 
     block: int = 0
     p: float = 2.0
     embedding_bits: int = 8
     head_bits: int = 8
+    bias_correction: bool = True
 
     def __post_init__(self) -> None:
         check_one_of("weights.block", self.block, BLOCKS)

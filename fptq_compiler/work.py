@@ -30,8 +30,14 @@ SAMPLES = 1024
 class WorkFolder:
     """Results by name in one folder; without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None, recipe: Recipe, program: Program) -> None:
-        """Make the folder.
+    def __init__(
+        self,
+        folder: Path | None,
+        recipe: Recipe,
+        program: Program,
+        calibration: Path | None = None,
+    ) -> None:
+        """Make the folder; results belong to this recipe, model and calibration file.
 
         Raises:
             LoweringError: it cannot be made.
@@ -44,7 +50,7 @@ class WorkFolder:
         except OSError as error:
             message = f"cannot make the work folder {folder}: {error.strerror}"
             raise LoweringError(message) from error
-        self._fingerprint = fingerprint(recipe, program)
+        self._fingerprint = fingerprint(recipe, program, calibration)
 
     def load_ids(self) -> Tensor | None:
         """Token ids of an earlier run, or None."""
@@ -135,9 +141,12 @@ def _whole(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def fingerprint(recipe: Recipe, program: Program) -> str:
-    """Of the recipe, and of names, shapes and sampled values of the parameters."""
+def fingerprint(recipe: Recipe, program: Program, calibration: Path | None = None) -> str:
+    """Of the recipe, the calibration file, and names, shapes and samples of the parameters."""
     digest = hashlib.sha256(recipe.to_toml().encode())
+    if calibration is not None and calibration.is_file():
+        with calibration.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
     for name, value in program.module.named_parameters(remove_duplicate=False):
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLES)].float().contiguous()

@@ -25,7 +25,7 @@ from fptq_compiler.passes.insert_transforms import (
 from fptq_compiler.passes.raise_attention import RaiseAttention
 from fptq_compiler.passes.raise_norms import RaiseNorms
 from fptq_compiler.passes.scale_residual import ScaleResidual
-from fptq_compiler.passes.untie_embedding import UntieEmbedding
+from fptq_compiler.passes.untie_weights import UntieWeights
 from fptq_compiler.passes.widen import Widen
 
 FIND_SITES: tuple[Pass, ...] = (
@@ -44,7 +44,7 @@ def insertion(
     transforms: Collection[str], *, seed: int, scaling_places: Sequence[str]
 ) -> tuple[Pass, ...]:
     """The passes that prepare the graph and insert the named transforms, in order."""
-    steps: list[Pass] = [UntieEmbedding(), FoldNorms()]
+    steps: list[Pass] = [UntieWeights(), FoldNorms()]
     if "scaling" in transforms:
         steps.append(ScaleResidual(scaling_places))
     if "value" in transforms:

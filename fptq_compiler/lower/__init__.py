@@ -51,7 +51,7 @@ def lower(
         with report.stage("lower"):
             model = to_onnx(program)
             pack_int4(model)
-            report.audit = audit(program, model)
+            report.audit = audit(program, model, recipe.bits.weights)
             save(model, staged, _metadata(report, recipe), qdq.IR_VERSION)
             del model
             progress.advance(1, "written")

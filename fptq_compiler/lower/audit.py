@@ -9,11 +9,18 @@ import onnx_ir as ir
 from fptq_compiler.graph.program import Program
 from fptq_compiler.report import AuditRow
 
+FLOAT_BITS = 16
+FLOAT = ir.DataType.FLOAT
 NAMES = {"linear": "linear weights", "head": "head", "embedding": "embedding"}
 
 
-def audit(program: Program, model: ir.Model) -> list[AuditRow]:
-    """One row for each kind of tensor and type."""
+def audit(program: Program, model: ir.Model, weight_bits: int) -> list[AuditRow]:
+    """One row for each kind of tensor and type.
+
+    With quantised weights a matmul that still multiplies by a float weight is not what was
+    asked for, whatever the reason: its row says so.
+    """
+    float_weights = _float_matmul_weights(model) if weight_bits < FLOAT_BITS else set()
     wanted = {
         f"{q.parameter}_codes": (NAMES[q.role], f"INT{q.bits}") for q in program.weight_quantizers
     }
@@ -24,10 +31,34 @@ def audit(program: Program, model: ir.Model) -> list[AuditRow]:
             continue
         written = tensor.dtype.name
         kind, requested = wanted.get(str(name), (_kind(str(name)), written))
+        if str(name) in float_weights:
+            kind, requested = "float weights of matmuls", f"INT{weight_bits}"
         row = rows[kind, requested, written]
         row[0] += 1
         row[1] += tensor.nbytes
     return [AuditRow(*key, count, size) for key, (count, size) in sorted(rows.items())]
+
+
+def _float_matmul_weights(model: ir.Model) -> set[str]:
+    """Matrices in float that a MatMul or Gemm reads, but for the factors of online maps."""
+    found = set()
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        for value in node.inputs[:2]:
+            while value is not None and (move := _move_behind(value)) is not None:
+                value = move.inputs[0]
+            if value is None or value.const_value is None or value.const_value.dtype != FLOAT:
+                continue
+            if len(value.const_value.shape) == 2 and not str(value.name).startswith("online."):
+                found.add(str(value.name))
+    return found
+
+
+def _move_behind(value: ir.Value) -> ir.Node | None:
+    producer = value.producer()
+    moves = producer is not None and producer.op_type in ("Transpose", "Identity")
+    return producer if moves else None
 
 
 def _kind(name: str) -> str:

@@ -5,37 +5,44 @@ The exporter folds such a Cast only for small weights; here all are folded, two 
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 
 def pack_int4(model: ir.Model) -> int:
-    """Fold every Cast to INT4 of an initialiser; gives how many. Done in place."""
-    packed = 0
+    """Fold every Cast to INT4 of an initialiser; gives how many there are. Done in place."""
     graph = model.graph
+    packed: dict[str, ir.Value] = {}
     for node in list(graph):
         if node.op_type != "Cast" or node.attributes["to"].as_int() != ir.DataType.INT4.value:
             continue
         source, narrow = node.inputs[0], node.outputs[0]
         if source is None or source.const_value is None:
             continue
-        codes = source.const_value.numpy().astype(np.int8)
-        if codes.min() < -8 or codes.max() > 7:
-            message = f"{source.name}: codes {codes.min()}..{codes.max()} do not fit INT4"
-            raise ValueError(message)
         name = str(source.name)
-        tensor = ir.tensor(codes.astype(ml_dtypes.int4), name=name)
-        replacement = ir.Value(
-            name=f"{name}_int4", shape=ir.Shape(codes.shape),
-            type=ir.TensorType(ir.DataType.INT4), const_value=tensor,
-        )
-        tensor.name = f"{name}_int4"
-        graph.register_initializer(replacement)
-        narrow.replace_all_uses_with(replacement)
+        if name not in packed:
+            packed[name] = _packed(name, source.const_value.numpy().astype(np.int8))
+        narrow.replace_all_uses_with(packed[name])
         graph.remove(node, safe=True)
-        if not source.uses():
+    for name, value in packed.items():
+        if graph.initializers[name].uses():
+            value.name = f"{name}_int4"
+        else:
             del graph.initializers[name]
-        replacement.name = name
-        packed += 1
-    return packed
+        graph.register_initializer(value)
+    return len(packed)
+
+
+def _packed(name: str, codes: np.ndarray[Any, Any]) -> ir.Value:
+    if codes.min() < -8 or codes.max() > 7:
+        message = f"{name}: codes {codes.min()}..{codes.max()} do not fit INT4"
+        raise ValueError(message)
+    return ir.Value(
+        name=name,
+        shape=ir.Shape(codes.shape),
+        type=ir.TensorType(ir.DataType.INT4),
+        const_value=ir.tensor(codes.astype(ml_dtypes.int4), name=name),
+    )

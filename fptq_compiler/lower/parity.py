@@ -39,7 +39,7 @@ class Parity:
         codes: activation codes compared.
         ties: codes that differ by one at a tie.
         wrong: codes that differ otherwise; must be 0.
-        worst: how far from a tie, in codes, the worst of those lies.
+        worst: how far beyond a tie, in codes, the worst of those lies.
         logits: relative error of the logits with ties taken over.
         free_logits: the same as both run by themselves, ties and their consequences included.
         level4_logits: what ONNX Runtime's default accuracy level changes (weight-only), or None.
@@ -62,7 +62,7 @@ class Parity:
         if self.wrong:
             found.append(
                 f"{self.wrong} of {self.codes} activation codes differ away from any tie "
-                f"(by {self.worst:.3f} of a code)"
+                f"(by {self.worst:.3f} of a code at worst)"
             )
         if not self.logits <= LOGITS:
             found.append(
@@ -210,10 +210,11 @@ def _compare(node: Node, environment: Environment, theirs: Tensor, parity: Parit
     apart = ours != theirs
     parity.codes += ours.numel()
     if bool(apart.any()):
-        distance = ((exact - exact.floor()) - 0.5).abs()[apart]
-        near = (distance < TIE) & ((ours - theirs).abs()[apart] == 1)
+        # A code is right if the value lies within half a step of it; at a tie both are.
+        beyond = ((theirs - zero_point - exact).abs() - 0.5)[apart]
+        near = beyond <= TIE
         parity.ties += int(near.sum())
         parity.wrong += int((~near).sum())
         if bool((~near).any()):
-            parity.worst = max(parity.worst, float((ours - theirs).abs()[apart][~near].max()))
+            parity.worst = max(parity.worst, float(beyond[~near].max()))
     return (theirs - zero_point) * step

@@ -81,6 +81,8 @@ def publish(staged: Path, output: Path) -> int:
             if source.exists():
                 size += source.stat().st_size
                 source.replace(target)
+            elif source is data:
+                target.unlink(missing_ok=True)  # of the model that is being replaced
     except OSError as error:
         message = f"cannot move the finished file to {output}: {error.strerror}"
         raise LoweringError(message) from error

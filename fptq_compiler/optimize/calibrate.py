@@ -23,15 +23,26 @@ from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuant
 from fptq_compiler.quant.ranges import activation_range, weight_scale
 from fptq_compiler.quant.sqnr import sqnr
 
+LINEAR = torch.ops.aten.linear.default
 SINK_RATIO = 4.0  # first position this many times wider than all others: it gets its own range
 
 
 @dataclass
 class Calibration:
-    """What was found: signal-to-noise in dB by quantiser, and sink factors by node name."""
+    """What was found.
+
+    Attributes:
+        sqnr: signal-to-noise ratio in dB, by quantiser node.
+        first_position: the factors of position 0, by quantiser node that needs one.
+        means: by linear node, the mean (K,) of its input, exact and as quantised; position 0,
+            which is often a sink and is one of many, does not count.
+        quantized_means: the latter by quantiser node.
+    """
 
     sqnr: dict[str, float] = field(default_factory=dict)
     first_position: dict[str, float] = field(default_factory=dict)
+    means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    quantized_means: dict[str, Tensor] = field(default_factory=dict)
 
 
 def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[str, float]:
@@ -53,11 +64,13 @@ def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[st
 class _Collector:
     """A block runner's step: quantisers pass their input on and keep it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, last: Node | None) -> None:
         self._program = program
+        self._last = last
         self._weights = {q.module for q in program.weight_quantizers}
         self._records = {q.module: q for q in program.activation_quantizers}
         self.kept: dict[str, list[Tensor]] = {}
+        self.means: dict[Node, list[Tensor]] = {}
 
     def __call__(self, node: Node, environment: Environment) -> object:
         if node.op == "call_module" and node.target in self._weights:
@@ -70,12 +83,24 @@ class _Collector:
             value = environment[source]
             self.kept.setdefault(str(node.target), []).append(value.detach())
             return value
+        if node.target is LINEAR:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            self.means.setdefault(node, []).append(token_mean(environment[source]))
+            if node is self._last:
+                return None  # the logits: the largest tensor of all, and nothing reads them
         return run_node(self._program.module, node, environment, None)
 
     def _load(self, source: Node, environment: Environment) -> object:
         if source.op == "get_attr":
             return self._program.parameter(str(source.target))
         return environment[source]
+
+
+def token_mean(values: Tensor) -> Tensor:
+    """The mean (K,) of (B, S, K) over all positions but the first, where there are others."""
+    rest = values[:, 1:] if values.dim() == 3 and values.shape[1] > 1 else values
+    return rest.flatten(0, -2).double().mean(0)
 
 
 def calibrate_activations(
@@ -86,7 +111,7 @@ def calibrate_activations(
     sinks: str,
     progress: Progress,
 ) -> Calibration:
-    """Set the range of every activation quantiser.
+    """Set the range of every activation quantiser, and find the means of all linear inputs.
 
     Args:
         program: with quantisers placed; weights in float are used.
@@ -101,18 +126,22 @@ def calibrate_activations(
         which position 0 is to be multiplied.
     """
     result = Calibration()
-    collector = _Collector(program)
     runner = BlockRunner(program, batches)
     records = {q.module: q for q in program.activation_quantizers}
     progress.start("activation ranges", len(runner.blocks))
-    last = max((n for b in runner.blocks for n in b.nodes if n.target in records), default=None)
+    watched = {*records, LINEAR}
+    last = max((n for b in runner.blocks for n in b.nodes if n.target in watched), default=None)
+    collector = _Collector(program, last)
     for block in runner.blocks:
-        # The head's logits are the largest tensor of all, and no quantiser reads them.
         needed = tuple(n for n in block.nodes if last is not None and n <= last)
         runner.run_block(replace(block, nodes=needed), collector)
         for path, kept in collector.kept.items():
             _set_range(program, records[path], torch.cat(kept), p, sinks, result)
+        for node, means in collector.means.items():
+            exact = torch.stack(means).mean(0)
+            result.means[node.name] = (exact, _quantized_mean(node, exact, result))
         collector.kept.clear()
+        collector.means.clear()
         progress.advance(1, block.name)
     progress.done()
     program.facts.add("calibrated")
@@ -141,6 +170,14 @@ def _set_range(
         module.set_range(scale, zero_point)
         quantized = fake_quantize(values, module.scale, module.zero_point, module.grid)
         result.sqnr[record.node] = sqnr(values, quantized)
+        result.quantized_means[record.node] = token_mean(quantized)
+
+
+def _quantized_mean(node: Node, exact: Tensor, result: Calibration) -> Tensor:
+    """The mean of what the linear reads once its quantiser is at work; `exact` without one."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return result.quantized_means.get(source.name, exact)
 
 
 def sink_factor(values: Tensor) -> float:

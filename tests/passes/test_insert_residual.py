@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.insert_transforms import InsertResidual
-from fptq_compiler.passes.untie_embedding import UntieEmbedding
+from fptq_compiler.passes.untie_weights import UntieWeights
 from fptq_compiler.transforms import Rotation, Side
 from tests.passes.steps import EXACT, ONE, assert_settled, change, pick, run, with_sites
 from tests.toys import ToyConfig
 
-READY = (UntieEmbedding(), FoldNorms())
+READY = (UntieWeights(), FoldNorms())
 PATH = "model.layers.0"
 
 BEFORE = """

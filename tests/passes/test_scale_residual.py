@@ -11,11 +11,11 @@ import torch
 
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.scale_residual import ScaleResidual
-from fptq_compiler.passes.untie_embedding import UntieEmbedding
+from fptq_compiler.passes.untie_weights import UntieWeights
 from tests.passes.steps import EXACT, ONE, assert_settled, change, pick, run, span, with_sites
 from tests.toys import ToyConfig
 
-READY = (UntieEmbedding(), FoldNorms())
+READY = (UntieWeights(), FoldNorms())
 
 BEFORE = """
 rms_norm_default = fptq.rms_norm(embedding, None, 1e-05)

@@ -24,7 +24,7 @@ from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.insert_transforms import InsertResidual, out_ports
 from fptq_compiler.passes.scale_residual import ScaleResidual
-from fptq_compiler.passes.untie_embedding import UntieEmbedding
+from fptq_compiler.passes.untie_weights import UntieWeights
 from fptq_compiler.transforms import Affine, Diagonal, Hadamard, Map, Port, RopePairs, Side
 from tests.passes.steps import ONE, captured, edited
 from tests.toys import Toy, ToyConfig
@@ -225,7 +225,7 @@ def test_t_r_with_a_tied_head() -> None:
         toy.model.norm.weight.data.fill_(1.0)
 
     tied = ToyConfig(layers=1, tied=True)
-    _assert_right(edited(tied, flatten), _insert_residual, UntieEmbedding(), FoldNorms())
+    _assert_right(edited(tied, flatten), _insert_residual, UntieWeights(), FoldNorms())
     _assert_caught(edited(tied, flatten), _insert_residual, FoldNorms())
 
 

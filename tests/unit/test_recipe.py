@@ -85,6 +85,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "p = 2.0\n"
         "embedding_bits = 8\n"
         "head_bits = 8\n"
+        "bias_correction = true\n"
         "\n[activations]\n"
         "p = 2.0\n"
         'sinks = "first-position"\n'

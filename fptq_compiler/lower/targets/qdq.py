@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from onnxscript import opset21 as op
 
 from fptq_compiler.graph import ops
@@ -62,6 +63,11 @@ def fake_quantize(
         shifted = op.Sub(op.Cast(codes, to=FLOAT), op.Constant(value_float=float(zero_point)))
         return op.Mul(shifted, step)
     return op.DequantizeLinear(codes, step, zero)
+
+
+def relu(x: Any) -> Any:
+    """As Max: a Relu stops the fusion of a matmul before it, and is lost before 4-bit codes."""
+    return op.Max(x, op.Constant(value_float=0.0))
 
 
 def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
@@ -177,6 +183,7 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
         return linear(x, codes, scale, bias, bits, block, forms=forms)
 
     return {
+        torch.ops.aten.relu.default: relu,
         ops.rms_norm: rms_norm,
         ops.fake_quantize: emit_fake_quantize,
         ops.embedding: embedding,

@@ -1,10 +1,10 @@
-"""untie_embedding: a head that shares the embedding's parameter gets a copy of its own."""
+"""untie_weights: a head that shares the embedding's parameter gets a copy of its own."""
 
 from __future__ import annotations
 
 import torch
 
-from fptq_compiler.passes.untie_embedding import UntieEmbedding
+from fptq_compiler.passes.untie_weights import UntieWeights
 from tests.passes.steps import ONE, assert_settled, change, pick, run, with_sites
 from tests.toys import ToyConfig
 
@@ -25,7 +25,7 @@ linear_7 = linear(rms_norm_default_2, %{TABLE}_untied)
 def test_text() -> None:
     program = with_sites(TIED)
     assert pick(program, "embedding", "linear_7") == BEFORE
-    assert run(program, UntieEmbedding()).changed == 1
+    assert run(program, UntieWeights()).changed == 1
     assert pick(program, "embedding", "linear_7") == AFTER
     table, head = program.parameter(TABLE), program.parameter(f"{TABLE}_untied")
     assert torch.equal(table, head)
@@ -40,26 +40,26 @@ def test_text() -> None:
 
 
 def test_what_it_costs_is_a_decision() -> None:
-    program = with_sites(TIED, UntieEmbedding())
+    program = with_sites(TIED, UntieWeights())
     assert program.decisions == [
-        f"untied the head {TABLE}_untied from the embedding {TABLE}: 0.0 MB more in float32, "
-        "before quantisation"
+        f"untied: linear_7 gets its own copy of {TABLE}, named {TABLE}_untied, 0.0 MB more in "
+        "float32 before quantisation"
     ]
 
 
 def test_numbers() -> None:
     # No tolerance: the copy holds the same numbers.
-    assert change(with_sites(TIED), UntieEmbedding()) == 0
+    assert change(with_sites(TIED), UntieWeights()) == 0
 
 
 def test_near_miss() -> None:
     """An untied model keeps its parameters."""
     program = with_sites(ONE)
     before = set(dict(program.module.named_parameters()))
-    assert run(program, UntieEmbedding()).changed == 0
+    assert run(program, UntieWeights()).changed == 0
     assert set(dict(program.module.named_parameters())) == before
     assert program.decisions == []
 
 
 def test_twice() -> None:
-    assert_settled(with_sites(TIED, UntieEmbedding()), UntieEmbedding())
+    assert_settled(with_sites(TIED, UntieWeights()), UntieWeights())

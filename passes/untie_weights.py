@@ -1,0 +1,108 @@
+"""Give every linear a weight of its own: the head that shares the embedding's, and shared layers.
+
+T_r turns the table and the head's input alike, but the last norm's gain goes into the head
+alone, and the two are quantised along different axes, so they cannot stay one parameter. Linears
+that share a weight (ALBERT, or tied projections) would each get the other's transforms. What the
+copies cost in bytes is a decision in the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch.fx import Node
+
+from fptq_compiler.graph.evaluate import attribute
+from fptq_compiler.graph.pipeline import Pass, PassResult
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.sites import LinearRef, Sites
+from fptq_compiler.graph.surgery import get_parameter, set_parameter
+from fptq_compiler.passes.linears import weight_node
+
+aten = torch.ops.aten
+
+
+class UntieWeights(Pass):
+    """Copy each weight that an embedding or an earlier linear already reads."""
+
+    requires = ("sites_found",)
+    provides = ("untied",)
+
+    def run(self, program: Program) -> PassResult:
+        """Walk the readers in order, tables first; the first reader keeps the parameter."""
+        readers = program.call_nodes(aten.embedding.default)
+        readers += program.call_nodes(aten.linear.default)
+        seen: dict[int, str] = {}
+        changed = 0
+        for reader in readers:
+            weight = weight_node(reader)
+            if weight.op != "get_attr":
+                continue
+            name = str(weight.target)
+            address = program.parameter(name).data_ptr()
+            if address in seen:
+                _copy(program, reader, name, seen[address])
+                changed += 1
+            seen.setdefault(address, name)
+        return PassResult(changed)
+
+
+def _copy(program: Program, reader: Node, name: str, first: str) -> None:
+    """Give `reader` a copy; it keeps its parameter's name where that is not the first's."""
+    table = program.parameter(name)
+    own = name
+    if name == first:
+        own = next(n for i in count(1) if not _exists(program, n := _numbered(name, i)))
+    set_parameter(program.module, own, table.detach().clone())
+    copied = get_parameter(program.graph, reader, own, table)
+    reader.replace_input_with(weight_node(reader), copied)
+    program.sites = _renamed(program.sites, reader.name, own)
+    megabytes = table.numel() * table.element_size() / 1e6
+    program.decisions.append(
+        f"untied: {reader.name} gets its own copy of {first}, named {own}, {megabytes:.1f} MB "
+        f"more in {str(table.dtype).removeprefix('torch.')} before quantisation"
+    )
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}_untied" if number == 1 else f"{name}_untied{number}"
+
+
+def _exists(program: Program, name: str) -> bool:
+    try:
+        attribute(program.module, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _renamed(sites: Sites, node: str, weight: str) -> Sites:
+    """The sites with the new weight name wherever they refer to that linear."""
+
+    def ref(old: LinearRef | None) -> LinearRef | None:
+        return replace(old, weight=weight) if old is not None and old.node == node else old
+
+    def must(old: LinearRef) -> LinearRef:
+        return replace(old, weight=weight) if old.node == node else old
+
+    residual = sites.residual
+    if residual is not None:
+        residual = replace(
+            residual,
+            head=must(residual.head),
+            readers=tuple(must(r) for r in residual.readers),
+            writers=tuple(must(w) for w in residual.writers),
+            branches=tuple(replace(b, writer=must(b.writer)) for b in residual.branches),
+            tied=residual.tied and residual.head.node != node,
+        )
+    return Sites(
+        attention=tuple(
+            replace(s, q=ref(s.q), k=ref(s.k), v=ref(s.v), o=ref(s.o)) for s in sites.attention
+        ),
+        mlp=tuple(
+            replace(s, up=ref(s.up), gate=ref(s.gate), down=must(s.down)) for s in sites.mlp
+        ),
+        residual=residual,
+    )
