@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ class _Source:
 
 
 def _take(captured: Captured) -> _Source:
-    return _Source(unlift(captured.program), captured.tokenizer, captured.generation_start)
+    program = unlift(captured.program)
+    return _Source(program, captured.tokenizer, captured.generation_start)
 
 
 def _compile(
@@ -135,10 +137,12 @@ def _compile(
         return ids
 
     ids = tokens() if needs_calibration(recipe) else None
+    gc.collect()  # exported programs and graphs hold cycles, and cycles hold weights
     program.move(options.device)
     transform(program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir)
     quantize(program, recipe, ids, report, progress, dump_dir=options.dump_dir)
     program.move("cpu")
+    gc.collect()
     report.sites = site_rows(program, possible=False)
     report.near_misses = [str(m) for m in program.near_misses]
     report.decisions = program.decisions + report.decisions

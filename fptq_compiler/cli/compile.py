@@ -10,6 +10,7 @@ import click
 
 from fptq_compiler.cli.console import listening
 from fptq_compiler.cli.entry import EXIT_CODES, Settings, run, version_text
+from fptq_compiler.cli.memory import return_freed_memory
 from fptq_compiler.errors import LoweringError, RecipeError
 from fptq_compiler.recipe import (
     BUILT_IN,
@@ -210,4 +211,5 @@ def check_device(device: str) -> None:
 
 def main() -> None:
     """Runs `fptq-compile`."""
+    return_freed_memory()
     sys.exit(run(command))
