@@ -13,10 +13,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph.edges import OnlineEdge
-from fptq_compiler.graph.evaluate import attribute
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
+from fptq_compiler.graph.surgery import (
+    call,
+    get_parameter,
+    has_attribute,
+    replace,
+    set_parameter,
+)
 from fptq_compiler.transforms import Hadamard
 
 
@@ -70,18 +75,10 @@ def _freeze(program: Program, node: Node, transform: Hadamard) -> None:
 def _shared(program: Program, before: Node, name: str, value: Tensor) -> Node:
     """A parameter of that name, made once; a Hartley factor of the same order gets its own."""
     value = value.to(torch.float32)
-    while _exists(program, name) and not torch.equal(program.parameter(name), value):
+    while has_attribute(program.module, name) and not torch.equal(program.parameter(name), value):
         name = f"{name}_"
-    if not _exists(program, name):
+    if not has_attribute(program.module, name):
         set_parameter(program.module, name, value)
     return get_parameter(program.graph, before, name, value)
-
-
-def _exists(program: Program, name: str) -> bool:
-    try:
-        attribute(program.module, name)
-    except AttributeError:
-        return False
-    return True
 
 

@@ -14,11 +14,10 @@ from itertools import count
 import torch
 from torch.fx import Node
 
-from fptq_compiler.graph.evaluate import attribute
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.sites import LinearRef, Sites
-from fptq_compiler.graph.surgery import get_parameter, set_parameter
+from fptq_compiler.graph.surgery import get_parameter, has_attribute, set_parameter
 from fptq_compiler.passes.linears import weight_node
 
 aten = torch.ops.aten
@@ -54,7 +53,8 @@ def _copy(program: Program, reader: Node, name: str, first: str) -> None:
     table = program.parameter(name)
     own = name
     if name == first:
-        own = next(n for i in count(1) if not _exists(program, n := _numbered(name, i)))
+        names = (_numbered(name, number) for number in count(1))
+        own = next(n for n in names if not has_attribute(program.module, n))
     set_parameter(program.module, own, table.detach().clone())
     copied = get_parameter(program.graph, reader, own, table)
     reader.replace_input_with(weight_node(reader), copied)
@@ -68,14 +68,6 @@ def _copy(program: Program, reader: Node, name: str, first: str) -> None:
 
 def _numbered(name: str, number: int) -> str:
     return f"{name}_untied" if number == 1 else f"{name}_untied{number}"
-
-
-def _exists(program: Program, name: str) -> bool:
-    try:
-        attribute(program.module, name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _renamed(sites: Sites, node: str, weight: str) -> Sites:

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fptq_compiler.capture import capture
-from fptq_compiler.driver import quantize, transform, vocabulary_of
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.perplexity import perplexity
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import TRANSFORMS, Recipe, load_recipe
 from fptq_compiler.report import Report
+from fptq_compiler.stages import quantize, transform, vocabulary_of
 from fptq_compiler.text import load_calibration, load_tokenizer, token_stream
 
 

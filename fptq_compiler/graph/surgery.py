@@ -83,6 +83,15 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
         parent.register_buffer(last, value.detach())
 
 
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether a dotted name is taken, by a parameter, buffer or submodule."""
+    try:
+        attribute(module, name)
+    except AttributeError:
+        return False
+    return True
+
+
 def get_parameter(graph: fx.Graph, before: Node, name: str, value: Tensor) -> Node:
     """A `get_attr` node for the parameter `name`, in front of `before`."""
     with graph.inserting_before(before):

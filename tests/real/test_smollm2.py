@@ -16,7 +16,6 @@ from fptq_compiler.capture.source import Captured
 from fptq_compiler.cli import compile as compile_cli
 from fptq_compiler.cli import evaluate as evaluate_cli
 from fptq_compiler.cli.entry import run
-from fptq_compiler.driver import vocabulary_of
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
@@ -24,6 +23,7 @@ from fptq_compiler.graph.verify import Verifier, relative_error
 from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.recipe import TRANSFORMS, CalibrationRecipe, LocalRecipe, Recipe
+from fptq_compiler.stages import vocabulary_of
 from fptq_compiler.summary import applied_transforms
 
 pytestmark = pytest.mark.slow

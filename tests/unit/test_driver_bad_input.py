@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fptq_compiler import calibration, driver, lower
+from fptq_compiler import calibration, driver, lower, stages
 from fptq_compiler.cli.compile import command
 from fptq_compiler.cli.entry import run
 from fptq_compiler.lower import write
@@ -311,8 +311,8 @@ def test_a_work_folder_that_is_full(
     ("place", "name"),
     [
         (calibration, "self_generated"),
-        (driver, "optimize_locally"),
-        (driver, "calibrate_activations"),
+        (stages, "optimize_locally"),
+        (stages, "calibrate_activations"),
         (lower, "pack_int4"),
         (lower, "check_parity"),
     ],
@@ -333,7 +333,7 @@ def test_an_earlier_file_survives_a_failure(
     shop: Shop, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop.output.write_bytes(b"earlier")
-    monkeypatch.setattr(driver, "optimize_locally", interrupt)
+    monkeypatch.setattr(stages, "optimize_locally", interrupt)
     assert shop.compile(toy) == 130
     assert shop.output.read_bytes() == b"earlier"
 
@@ -426,7 +426,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter, Counter]:
     """Counters of the two long pieces of work that a work folder keeps."""
     return (
         Counter(calibration, "self_generated", monkeypatch),
-        Counter(driver, "optimize_locally", monkeypatch),
+        Counter(stages, "optimize_locally", monkeypatch),
     )
 
 

@@ -1,0 +1,218 @@
+"""The stages between capture and lowering: transforms in, folded; quantisers in, frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.verify import Verifier
+from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
+from fptq_compiler.optimize.inputs import map_inputs
+from fptq_compiler.optimize.local import optimize_locally
+from fptq_compiler.passes import FIND_SITES, insertion
+from fptq_compiler.passes.correct_bias import CorrectBias
+from fptq_compiler.passes.fold_transforms import FoldTransforms
+from fptq_compiler.passes.freeze_online import FreezeOnline
+from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
+from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
+from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
+from fptq_compiler.progress import Progress
+from fptq_compiler.recipe import Recipe
+from fptq_compiler.report import Report
+from fptq_compiler.summary import applied_transforms
+from fptq_compiler.work import WorkFolder
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether anything is found from activations."""
+    if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS:
+        return True
+    if recipe.bits.weights != FLOAT_BITS and recipe.weights.bias_correction:
+        return True
+    return recipe.local.objective == "activations" and recipe.local.steps > 0
+
+
+def transform(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    report: Report,
+    progress: Progress,
+    *,
+    work: WorkFolder | None = None,
+    dump_dir: Path | None = None,
+) -> None:
+    """From capture to folded weights: sites, transforms, local optimisation, fold.
+
+    Args:
+        program: as `unlift` gives it; rewritten in place, its function preserved.
+        recipe: which transforms, and how they are optimised.
+        ids: calibration tokens (samples, length), where the objective needs activations.
+        report: gets stages, curves and the errors that verification measured.
+        progress: listens.
+        work: keeps trained transforms, for a run that goes on.
+        dump_dir: an existing folder for the graph after each pass.
+    """
+    verifier: Verifier | None = None
+    with report.stage("find sites"):
+        if recipe.verify != "off":
+            tokens = 64 if recipe.verify == "full" else 16
+            verifier = Verifier(program, vocabulary_of(program), recipe.seed, tokens=tokens)
+        _run(program, FIND_SITES, verifier, dump_dir)
+        refuse_without_sites(program)
+    with report.stage("insert transforms"):
+        names = recipe.transforms.candidates
+        steps = insertion(names, seed=recipe.seed, scaling_places=recipe.transforms.scaling_places)
+        _run(program, steps, verifier, dump_dir)
+        _refuse_missing(program, recipe)
+    with report.stage("local optimisation"):
+        report.curves.update(_optimize(program, recipe, ids, work, progress))
+    with report.stage("fold"):
+        _run(program, (FoldTransforms(), FreezeOnline()), verifier, dump_dir)
+    if verifier is not None:
+        report.preserved.update(verifier.errors)
+
+
+def quantize(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    report: Report,
+    progress: Progress,
+    *,
+    dump_dir: Path | None = None,
+) -> None:
+    """From folded weights to the frozen integer program: quantisers, ranges, codes.
+
+    Args:
+        program: as `transform` leaves it; frozen in place.
+        recipe: bits and norms.
+        ids: calibration tokens (samples, length); None where no activation is quantised.
+        report: gets the stage, signal-to-noise ratios and decisions.
+        progress: listens.
+        dump_dir: an existing folder for the graph after each pass.
+    """
+    place = PlaceQuantizers(
+        weights=recipe.bits.weights,
+        activations=recipe.bits.activations,
+        cache=recipe.bits.cache,
+        block=recipe.weights.block,
+        embedding_bits=recipe.embedding_bits,
+        head_bits=recipe.head_bits,
+    )
+    with report.stage("quantise"):
+        _run(program, (place,), None, dump_dir)
+        report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
+        steps: list[Pass] = []
+        if ids is not None:
+            found = calibrate_activations(
+                program,
+                [row.unsqueeze(0) for row in ids],
+                p=recipe.activations.p,
+                sinks=recipe.activations.sinks,
+                progress=progress,
+            )
+            report.sqnr.update(found.sqnr)
+            if recipe.weights.bias_correction:
+                steps.append(CorrectBias(found.means))
+            steps.append(ProtectFirstPosition(found.first_position))
+            report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
+        program.facts.add("calibrated")
+        _run(program, (*steps, FreezeQuantizers()), None, dump_dir)
+
+
+def vocabulary_of(program: Program) -> int:
+    """Rows of the first embedding table.
+
+    Raises:
+        UnsupportedModelError: nothing embeds token ids.
+    """
+    for node in program.call_nodes(torch.ops.aten.embedding.default):
+        table = node.args[0]
+        if isinstance(table, torch.fx.Node):
+            return int(table.meta["val"].shape[0])
+    message = (
+        "the graph embeds no token ids, so there is no transformer language model in it; "
+        "expected an embedding, attention and linear layers"
+    )
+    raise UnsupportedModelError(message)
+
+
+def refuse_without_sites(program: Program) -> None:
+    """Raise UnsupportedModelError where neither attention nor an MLP was found."""
+    if not program.sites.attention and not program.sites.mlp:
+        message = (
+            "no attention and no MLP was found in the graph, expected a transformer; "
+            "run fptq-inspect for what came closest"
+        )
+        raise UnsupportedModelError(message, [str(m) for m in program.near_misses])
+
+
+def _refuse_missing(program: Program, recipe: Recipe) -> None:
+    if recipe.transforms.where_possible:
+        return
+    applied = applied_transforms(program)
+    missing = [n for n in recipe.transforms.candidates if n not in applied]
+    if missing:
+        message = (
+            f"the recipe demands {', '.join(missing)}, which no site of this model allows; "
+            "leave it out of --transforms, or use --transforms auto"
+        )
+        raise UnsupportedModelError(message, [str(m) for m in program.near_misses])
+
+
+def _run(
+    program: Program, steps: tuple[Pass, ...], verifier: Verifier | None, dump_dir: Path | None
+) -> None:
+    def observe(step: Pass, result: PassResult) -> None:
+        if verifier is not None:
+            verifier.check(program, step, result)
+
+    run_passes(program, steps, observe=observe, dump_dir=dump_dir)
+
+
+def _optimize(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    work: WorkFolder | None,
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """Local optimisation, or its result from the work folder."""
+    if not program.maps or recipe.local.steps == 0:
+        return {}
+    curves = work.load_maps(program) if work is not None else None
+    if curves is None:
+        activations = None
+        if recipe.local.objective == "activations" and ids is not None:
+            activations = map_inputs(program, [ids])
+        curves = optimize_locally(
+            program,
+            steps=recipe.local.steps,
+            learning_rate=recipe.local.learning_rate,
+            p=recipe.local.p,
+            residual_learned=recipe.transforms.residual_learned,
+            seed=recipe.seed,
+            progress=progress,
+            activations=activations,
+        )
+        if work is not None:
+            work.save_maps(program, curves)
+    return curves
+
+
+def _sink_words(sinks: str, factors: dict[str, float]) -> str:
+    if sinks == "none":
+        return "first-token sinks: not treated, one static range for all positions"
+    if not factors:
+        return "first-token sinks: none found, position 0 is like the others"
+    listed = ", ".join(f"{name} (1/{1 / factor:.0f})" for name, factor in factors.items())
+    return (
+        f"first-token sinks: position 0 has a static range of its own at {len(factors)} linear "
+        f"inputs: {listed}"
+    )
