@@ -26,7 +26,7 @@ VOCABULARY = 49_152
 TOKENS = (8, 256)
 
 
-def synthetic(folder: Path, layers: int, width: int) -> Path:
+def synthetic(folder: Path, layers: int, width: int, vocabulary: int) -> Path:
     """A Hugging Face folder of a random Llama: SmolLM2 has 30 layers of width 576."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,7 +36,7 @@ def synthetic(folder: Path, layers: int, width: int) -> Path:
     config = LlamaConfig(
         hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 3, head_dim=64,
-        vocab_size=VOCABULARY, tie_word_embeddings=True,
+        vocab_size=vocabulary, tie_word_embeddings=True,
     )
     path = folder / f"llama_{layers}x{width}"
     LlamaForCausalLM(config).save_pretrained(path)
@@ -82,27 +82,36 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
 @click.option("--bits", default="4-8-8", show_default=True)
 @click.option("--layers", default="8,16,30", show_default=True)
 @click.option("--widths", default="384,576,960", show_default=True)
+@click.option(
+    "--fixed", default="8,576", show_default=True, help="Layers of the widths, width of the layers."
+)
+@click.option("--vocabulary", default=VOCABULARY, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    model: Path | None, bits: str, layers: str, widths: str, json_path: Path | None
+    model: Path | None, bits: str, layers: str, widths: str, fixed: str, vocabulary: int,
+    json_path: Path | None,
 ) -> None:
     """Measure one model, or the two series."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calibration = folder / "ids.npy"
-        np.save(calibration, np.random.default_rng(0).integers(0, VOCABULARY, TOKENS))
+        np.save(calibration, np.random.default_rng(0).integers(0, vocabulary, TOKENS))
         if model is not None:
             results["one model"] = {model.name: measure(model, calibration, folder, bits)}
         else:
-            depth = {f"{n} layers": (n, 576) for n in map(int, layers.split(","))}
-            breadth = {f"width {w}": (8, w) for w in map(int, widths.split(","))}
-            both = {"layers, at width 576": depth, "width, at 8 layers": breadth}
+            few, narrow = map(int, fixed.split(","))
+            depth = {f"{n} layers": (n, narrow) for n in map(int, layers.split(","))}
+            breadth = {f"width {w}": (few, w) for w in map(int, widths.split(","))}
+            both = {f"layers, at width {narrow}": depth, f"width, at {few} layers": breadth}
+            seen: dict[tuple[int, int], dict[str, Any]] = {}
             for title, series in both.items():
-                results[title] = {
-                    label: measure(synthetic(folder, *shape), calibration, folder, bits)
-                    for label, shape in series.items()
-                }
+                results[title] = {}
+                for label, shape in series.items():
+                    if shape not in seen:
+                        made = synthetic(folder, *shape, vocabulary)
+                        seen[shape] = measure(made, calibration, folder, bits)
+                    results[title][label] = seen[shape]
     for title, rows in results.items():
         show(title, rows)
     if json_path is not None:
