@@ -83,7 +83,7 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
 @click.option("--layers", default="8,16,30", show_default=True)
 @click.option("--widths", default="384,576,960", show_default=True)
 @click.option(
-    "--fixed", default="8,576", show_default=True, help="Layers of the widths, width of the layers."
+    "--fixed", default="8,576", show_default=True, help="Layers and width of the other series."
 )
 @click.option("--vocabulary", default=VOCABULARY, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
