@@ -13,7 +13,7 @@ from fptq_compiler.recipe import Recipe
 from fptq_compiler.text import load_calibration, load_tokenizer, self_generated
 from fptq_compiler.work import WorkFolder
 
-CONTEXT = 24  # tokens that the model looks back while it writes its own text
+CONTEXT = 16  # tokens that the model looks back while it writes its own text
 
 
 def calibration_ids(

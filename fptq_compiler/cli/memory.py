@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 M_MMAP_THRESHOLD = -3
-THRESHOLD = 1 << 22
+THRESHOLD = 1 << 20
 """Bytes from which an allocation is a mapping of its own, gone when it is freed."""
 
 
