@@ -13,7 +13,7 @@ THRESHOLD = 1 << 20
 def return_freed_memory() -> None:
     """Keep glibc from raising its mapping threshold, which fragments the heap with tensors.
 
-    On SmolLM2 the peak falls from 2.4 to 1.7 GB. Other systems are left as they are.
+    Other systems are left as they are. `tools/benchmark_compile.py` shows the peak.
     """
     if sys.platform != "linux":
         return
