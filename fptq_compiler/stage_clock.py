@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from fptq_compiler.memory import return_freed_memory
+
 if TYPE_CHECKING:
     from fptq_compiler.report import StageRow
 
@@ -44,7 +46,7 @@ class StageClock:
     The system keeps one high-water mark for the whole process. Where a stage raises it, the
     new mark is that stage's exact peak. Otherwise the peak lies below the mark, and a thread
     that samples /proc/self/statm finds it; where there is no such file, the mark is given,
-    which is then an upper bound. Stages may nest.
+    which is then an upper bound. Stages may nest. What the stage freed goes back to the system.
     """
 
     def __init__(self, name: str, rows: list[StageRow]) -> None:
@@ -79,6 +81,7 @@ class StageClock:
         sampled = max(self._sampled, resident_bytes())
         peak = mark if mark > self._mark or not sampled else sampled
         self._rows.append(StageRow(self._name, seconds, peak / MEGABYTE))
+        return_freed_memory()
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL):

@@ -10,8 +10,8 @@ import click
 
 from fptq_compiler.cli.console import listening
 from fptq_compiler.cli.entry import EXIT_CODES, Settings, run, version_text
-from fptq_compiler.cli.memory import return_freed_memory
 from fptq_compiler.errors import LoweringError, RecipeError
+from fptq_compiler.memory import map_large_tensors
 from fptq_compiler.recipe import (
     BUILT_IN,
     DEFAULT_RECIPE,
@@ -211,5 +211,5 @@ def check_device(device: str) -> None:
 
 def main() -> None:
     """Runs `fptq-compile`."""
-    return_freed_memory()
+    map_large_tensors()
     sys.exit(run(command))

@@ -17,6 +17,7 @@ from torch.fx import Node
 from fptq_compiler.graph.blocks import BlockRunner
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.program import ActivationQuantizer, Program
+from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.progress import Progress
 from fptq_compiler.quant.grid import fake_quantize
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
@@ -56,6 +57,7 @@ def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[st
             weight = program.parameter(record.parameter).float()
             module.set_scale(weight_scale(weight, module.grid, module.granularity, p))
             found[record.parameter] = module.sqnr(weight)
+            return_freed_memory()
             progress.advance(1, record.parameter)
     progress.done()
     return found
@@ -142,6 +144,7 @@ def calibrate_activations(
             result.means[node.name] = (exact, _quantized_mean(node, exact, result))
         collector.kept.clear()
         collector.means.clear()
+        return_freed_memory()
         progress.advance(1, block.name)
     progress.done()
     program.facts.add("calibrated")

@@ -11,8 +11,10 @@ import fptq_compiler
 
 PACKAGE = Path(fptq_compiler.__file__).parent
 
-RECORDS = {"progress", "recipe", "recipe_parts", "closed_config", "report", "stage_clock"}
-"""Plain records that need no torch: what a stage is asked for, and what it says it did."""
+RECORDS = {
+    "progress", "recipe", "recipe_parts", "closed_config", "report", "stage_clock", "memory",
+}
+"""Plain modules that need no torch: what a stage is asked for, what it says it did and costs."""
 
 MATHEMATICS = {"errors", "transforms", "quant"}
 MAY_IMPORT: dict[str, set[str]] = {
