@@ -16,8 +16,9 @@ from torch.fx import Node
 
 from fptq_compiler.graph.blocks import BlockRunner
 from fptq_compiler.graph.evaluate import Environment, run_node
-from fptq_compiler.graph.program import ActivationQuantizer, Program
+from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.memory import return_freed_memory
+from fptq_compiler.optimize.pool import one_thread_each
 from fptq_compiler.progress import Progress
 from fptq_compiler.quant.grid import fake_quantize
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
@@ -50,15 +51,21 @@ def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[st
     """Search every weight's scale; gives the signal-to-noise ratio in dB by parameter."""
     found: dict[str, float] = {}
     progress.start("weight ranges", len(program.weight_quantizers))
-    with torch.no_grad():
-        for record in program.weight_quantizers:
-            module = program.module.get_submodule(record.module)
-            assert isinstance(module, WeightFakeQuantizer)
-            weight = program.parameter(record.parameter).float()
-            module.set_scale(weight_scale(weight, module.grid, module.granularity, p))
-            found[record.parameter] = module.sqnr(weight)
-            return_freed_memory()
+
+    @torch.no_grad()
+    def search(record: WeightQuantizer) -> float:
+        module = program.module.get_submodule(record.module)
+        assert isinstance(module, WeightFakeQuantizer)
+        weight = program.parameter(record.parameter).float()
+        module.set_scale(weight_scale(weight, module.grid, module.granularity, p))
+        return module.sqnr(weight)
+
+    with one_thread_each() as pool:
+        records = program.weight_quantizers
+        for record, ratio in zip(records, pool.map(search, records), strict=True):
+            found[record.parameter] = ratio
             progress.advance(1, record.parameter)
+    return_freed_memory()
     progress.done()
     return found
 
@@ -134,11 +141,17 @@ def calibrate_activations(
     watched = {*records, LINEAR}
     last = max((n for b in runner.blocks for n in b.nodes if n.target in watched), default=None)
     collector = _Collector(program, last)
+
+    def ranged(item: tuple[str, list[Tensor]]) -> _Found:
+        path, kept = item
+        return _set_range(program, records[path], torch.cat(kept), p, sinks)
+
     for block in runner.blocks:
         needed = tuple(n for n in block.nodes if last is not None and n <= last)
         runner.run_block(replace(block, nodes=needed), collector)
-        for path, kept in collector.kept.items():
-            _set_range(program, records[path], torch.cat(kept), p, sinks, result)
+        with one_thread_each() as pool:
+            for found in pool.map(ranged, collector.kept.items()):
+                found.record_in(result)
         for node, means in collector.means.items():
             exact = torch.stack(means).mean(0)
             result.means[node.name] = (exact, _quantized_mean(node, exact, result))
@@ -151,14 +164,26 @@ def calibrate_activations(
     return result
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the search at one quantiser node gives."""
+
+    node: str
+    sqnr: float
+    factor: float
+    quantized_mean: Tensor
+
+    def record_in(self, result: Calibration) -> None:
+        result.sqnr[self.node] = self.sqnr
+        result.quantized_means[self.node] = self.quantized_mean
+        if self.factor != 1.0:
+            result.first_position[self.node] = self.factor
+
+
+@torch.no_grad()
 def _set_range(
-    program: Program,
-    record: ActivationQuantizer,
-    values: Tensor,
-    p: float,
-    sinks: str,
-    result: Calibration,
-) -> None:
+    program: Program, record: ActivationQuantizer, values: Tensor, p: float, sinks: str
+) -> _Found:
     module = program.module.get_submodule(record.module)
     assert isinstance(module, ActivationFakeQuantizer)
     factor = 1.0
@@ -167,13 +192,9 @@ def _set_range(
     if factor != 1.0:
         values = values.clone()
         values[:, 0] *= factor
-        result.first_position[record.node] = factor
-    with torch.no_grad():
-        scale, zero_point = activation_range(values, module.grid, p)
-        module.set_range(scale, zero_point)
-        quantized = fake_quantize(values, module.scale, module.zero_point, module.grid)
-        result.sqnr[record.node] = sqnr(values, quantized)
-        result.quantized_means[record.node] = token_mean(quantized)
+    module.set_range(*activation_range(values, module.grid, p))
+    quantized = fake_quantize(values, module.scale, module.zero_point, module.grid)
+    return _Found(record.node, sqnr(values, quantized), factor, token_mean(quantized))
 
 
 def _quantized_mean(node: Node, exact: Tensor, result: Calibration) -> Tensor:

@@ -11,9 +11,7 @@ activations their norms are added: what enters each quantiser counts like one mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from fptq_compiler.errors import OptimizationError
 from fptq_compiler.graph.edges import Edge, WeightEdge, chains
 from fptq_compiler.graph.program import Program
+from fptq_compiler.optimize.pool import one_thread_each
 from fptq_compiler.progress import Progress
 from fptq_compiler.transforms import Map, Side
 from fptq_compiler.transforms.dense import shared_evaluation
@@ -92,24 +91,12 @@ def optimize_locally(
             program, plan, groups[site], steps, learning_rate, p, activations or {}, seed
         )
 
-    with _one_thread_each() as pool:
+    with one_thread_each() as pool:
         for site, curve in zip(groups, pool.map(train, groups), strict=True):
             curves[site] = curve
             progress.advance(1, f"{site}: {curve[0]:.4f} -> {curve[-1]:.4f}")
     progress.done()
     return curves
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """A pool with a worker a core, torch's own threads off: sites are small and independent."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _groups(program: Program) -> dict[str, list[str]]:
