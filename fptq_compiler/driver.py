@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
+from fptq_compiler.runtime.session_file import SessionFile
 from fptq_compiler.stages import (
+    cache,
     needs_calibration,
     quantize,
     refuse_without_sites,
@@ -102,11 +104,17 @@ class _Source:
     program: Program
     tokenizer: Path | None
     start: int | None
+    language: SessionFile
 
 
 def _take(captured: Captured) -> _Source:
     program = unlift(captured.program)
-    return _Source(program, captured.tokenizer, captured.generation_start)
+    language = SessionFile(
+        context_length=captured.context_length,
+        bos_token_id=captured.generation_start,
+        eos_token_ids=captured.text_ends,
+    )
+    return _Source(program, captured.tokenizer, captured.generation_start, language)
 
 
 def _compile(
@@ -135,12 +143,18 @@ def _compile(
     transform(program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir)
     quantize(program, recipe, ids, report, progress, dump_dir=options.dump_dir)
     program.move("cpu")
+    language = source.language
+    if recipe.cache.enabled:
+        length = cache(
+            program, recipe, language.context_length, report, dump_dir=options.dump_dir
+        )
+        language = replace(language, context_length=length)
     gc.collect()
     report.sites = site_rows(program, possible=False)
     report.near_misses = [str(m) for m in program.near_misses]
     report.decisions = program.decisions + report.decisions
     lower(program, output, recipe, report, probe=_probe(ids, vocabulary, recipe),
-          force=options.force, progress=progress)
+          force=options.force, language=language, progress=progress)
     if options.report is not None:
         report.write(options.report)
     return report

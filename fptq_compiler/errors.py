@@ -64,3 +64,15 @@ class LoweringError(FptqError):
     """The ONNX file could not be made, or not written."""
 
     exit_code = 5
+
+
+class RuntimeLoadError(FptqError):
+    """A compiled model cannot be opened: its file, weights, session file or provider."""
+
+    exit_code = 3
+
+
+class RuntimeInputError(FptqError):
+    """A compiled model is asked for what it cannot run: ids, mask, cache, length, sampling."""
+
+    exit_code = 2

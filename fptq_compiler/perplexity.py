@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,13 @@ from fptq_compiler.progress import Progress, SilentProgress, track
 
 LogitsFunction = Callable[[Tensor], Tensor]
 """From token ids [B, T] int64 to logits [B, T, V]; position t predicts token t + 1."""
+
+_CACHE_DTYPES: Final = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 _POSITIONS_AT_ONCE: Final = 256
 """Rows of logits in float32 at once: bounds memory where the vocabulary is large."""
@@ -150,7 +158,7 @@ def _exp(value: float) -> float:
 def ort_logits(
     path: Path, threads: int | None = None, session_options: Any = None
 ) -> LogitsFunction:
-    """Opens an ONNX file in ONNX Runtime on the CPU.
+    """Opens an ONNX file in ONNX Runtime on the CPU; a cache stays empty.
 
     Args:
         path: the file; external data lies beside it.
@@ -179,6 +187,9 @@ def ort_logits(
         message = f"{path}: ONNX Runtime cannot load it as an ONNX model: {error}"
         raise CaptureError(message) from error
     inputs = [(entry.name, entry.type) for entry in session.get_inputs()]
+    cache = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    known = {"attention_mask", *(entry.name for entry in cache)} if cache else set()
+    inputs = [(name, kind) for name, kind in inputs if name not in known]
     if len(inputs) != 1 or inputs[0][1] not in ("tensor(int64)", "tensor(int32)"):
         listed = ", ".join(f"{name}: {kind}" for name, kind in inputs) or "none"
         message = f"{path}: expected one input of token ids, found {listed}"
@@ -191,6 +202,13 @@ def ort_logits(
     def logits(ids: Tensor) -> Tensor:
         """Runs the file: ids [B, T] to logits [B, T, V]."""
         feed = {name: ids.to("cpu", dtype).contiguous().numpy()}
+        if cache:
+            feed["attention_mask"] = np.ones(tuple(ids.shape), np.int64)
+        for entry in cache:
+            _, heads, _, width = entry.shape
+            feed[entry.name] = np.zeros(
+                (ids.shape[0], heads, 0, width), _CACHE_DTYPES[entry.type]
+            )
         try:
             values = session.run([wanted], feed)[0]
         except Exception as error:

@@ -27,6 +27,7 @@ from fptq_compiler.recipe_parts import (
     TRANSFORMS,
     ActivationsRecipe,
     Bits,
+    CacheRecipe,
     CalibrationRecipe,
     LocalRecipe,
     TransformsRecipe,
@@ -43,6 +44,7 @@ __all__ = [
     "VERIFY_LEVELS",
     "ActivationsRecipe",
     "Bits",
+    "CacheRecipe",
     "CalibrationRecipe",
     "LocalRecipe",
     "Recipe",
@@ -51,7 +53,7 @@ __all__ = [
     "load_recipe",
 ]
 
-TARGETS: Final = ("qdq",)
+TARGETS: Final = ("qdq", "ort-cpu")
 VERIFY_LEVELS: Final = ("off", "probe", "full")
 DEFAULT_RECIPE: Final = "fptquant-local"
 
@@ -67,6 +69,7 @@ class Recipe:
     activations: ActivationsRecipe = field(default_factory=ActivationsRecipe)
     local: LocalRecipe = field(default_factory=LocalRecipe)
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+    cache: CacheRecipe = field(default_factory=CacheRecipe)
     target: str = "qdq"
     verify: str = "probe"
     seed: int = 0
@@ -96,6 +99,8 @@ class Recipe:
         target: str | None = None,
         verify: str | None = None,
         seed: int | None = None,
+        kv_cache: bool | None = None,
+        max_length: int | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -107,6 +112,8 @@ class Recipe:
             target: form of the ONNX file.
             verify: how much is proved by running it.
             seed: of every random draw.
+            kv_cache: whether the file has a cache.
+            max_length: tokens that the cache may hold.
 
         Raises:
             RecipeError: a value does not exist or is out of range.
@@ -122,6 +129,10 @@ class Recipe:
             changed["transforms"] = replace(
                 self.transforms, names=names, where_possible=names is None
             )
+        if kv_cache is not None:
+            changed["cache"] = replace(self.cache, enabled=kv_cache)
+        if max_length is not None:
+            changed["cache"] = replace(changed.get("cache", self.cache), max_length=max_length)
         sizes = {"samples": samples, "length": sequence_length}
         given = {key: value for key, value in sizes.items() if value is not None}
         changed["calibration"] = replace(self.calibration, **given)

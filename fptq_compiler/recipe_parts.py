@@ -21,6 +21,9 @@ TRANSFORMS: Final = ("residual", "prerope", "value", "updown", "hadamard", "scal
 SCALING_PLACES: Final = ("down_proj", "o_proj")
 """Where S_n may multiply: at the input of the linear that writes into the residual."""
 
+LONGEST_CACHE: Final = 8192
+"""Of a model that says a longer context or none: its tables of angles stand in the file."""
+
 WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
 SINKS: Final = ("first-position", "none")
@@ -189,6 +192,23 @@ class LocalRecipe:
             raise RecipeError(message)
         check_at_least("local.p", self.p, 1.0)
         check_one_of("local.objective", self.objective, OBJECTIVES)
+
+
+@dataclass(frozen=True)
+class CacheRecipe:
+    """The KV cache of the written file.
+
+    Attributes:
+        enabled: past keys and values are inputs, present ones outputs.
+        max_length: tokens that a sequence may have, past included; 0 takes the model's context,
+            at most LONGEST_CACHE.
+    """
+
+    enabled: bool = False
+    max_length: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("cache.max_length", self.max_length, 0)
 
 
 @dataclass(frozen=True)

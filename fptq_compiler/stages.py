@@ -15,6 +15,7 @@ from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_we
 from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
 from fptq_compiler.passes import FIND_SITES, insertion
+from fptq_compiler.passes.add_cache import AddCache
 from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_online import FreezeOnline
@@ -23,6 +24,7 @@ from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
+from fptq_compiler.recipe_parts import LONGEST_CACHE
 from fptq_compiler.report import Report
 from fptq_compiler.summary import applied_transforms
 from fptq_compiler.work import WorkFolder
@@ -104,6 +106,7 @@ def quantize(
         block=recipe.weights.block,
         embedding_bits=recipe.embedding_bits,
         head_bits=recipe.head_bits,
+        stored_cache=recipe.cache.enabled,
     )
     with report.stage("quantise"):
         _run(program, (place,), None, dump_dir)
@@ -124,6 +127,25 @@ def quantize(
             report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
         program.facts.add("calibrated")
         _run(program, (*steps, FreezeQuantizers()), None, dump_dir)
+
+
+def cache(
+    program: Program, recipe: Recipe, context: int | None, report: Report,
+    *, dump_dir: Path | None = None,
+) -> int:
+    """From whole sequences to past and present; gives the tokens that the cache may hold.
+
+    Args:
+        program: frozen; rewritten in place.
+        recipe: how long the cache may become.
+        context: the model's own context in tokens, where it is known.
+        report: gets the stage.
+        dump_dir: an existing folder for the graph after the pass.
+    """
+    length = recipe.cache.max_length or min(context or LONGEST_CACHE, LONGEST_CACHE)
+    with report.stage("add cache"):
+        _run(program, (AddCache(length),), None, dump_dir)
+    return length
 
 
 def vocabulary_of(program: Program) -> int:

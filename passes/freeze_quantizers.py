@@ -42,7 +42,8 @@ class FreezeQuantizers(Pass):
             module = program.module.get_submodule(record.module)
             assert isinstance(module, ActivationFakeQuantizer)
             zero_point = round_zero_point(module.zero_point, module.grid)
-            scale, zero = module.scale.item(), int(zero_point.item())
+            scale = module.scale.item()
+            zero = int(zero_point.item()) - module.grid.lowest  # the operator's codes start at 0
             arguments = (node.args[0], scale, zero, record.bits, record.role)
             frozen = call(program.graph, node, ops.fake_quantize, arguments, like=node,
                           name=f"{node.name}_frozen")

@@ -3,7 +3,7 @@
 Weights: every linear layer per output channel or block, the head with its own bits, the
 embedding per row. Activations: the input of every linear (one quantiser where several read the
 same tensor), the head's with 8 bits at least. KV: the keys after RoPE and the values, in front
-of attention.
+of attention, on a symmetric grid where they are stored in a cache.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class PlaceQuantizers(Pass):
     effect = Effect.APPROXIMATES
 
     def __init__(self, *, weights: int, activations: int, cache: int, block: int,
-                 embedding_bits: int, head_bits: int) -> None:
+                 embedding_bits: int, head_bits: int, stored_cache: bool = False) -> None:
         self.weights = weights
         self.activations = activations
         self.cache = cache
         self.block = block
         self.embedding_bits = embedding_bits
         self.head_bits = head_bits
+        self.stored_cache = stored_cache
 
     def run(self, program: Program) -> PassResult:
         """Weights first, then linear inputs, then keys and values."""
@@ -61,7 +62,8 @@ class PlaceQuantizers(Pass):
                 for position, role in ((1, "key"), (2, "value")):
                     source = core.args[position]
                     assert isinstance(source, Node)
-                    _place_activation(program, source, [core], self.cache, role)
+                    _place_activation(program, source, [core], self.cache, role,
+                                      symmetric=self.stored_cache)
         return PassResult(len(program.weight_quantizers) + len(program.activation_quantizers))
 
     def _place_inputs(self, program: Program, linears: list[Node], heads: set[Node]) -> None:
@@ -111,11 +113,11 @@ def _place_weight(program: Program, reader: Node, position: int, bits: int, bloc
 
 
 def _place_activation(program: Program, source: Node, readers: list[Node], bits: int,
-                      role: str) -> None:
+                      role: str, *, symmetric: bool = False) -> None:
     path = f"activation_quantizers.{source.name}"
     if role in ("key", "value"):
         path = f"{path}_{role}"
-    add_module(program.module, path, ActivationFakeQuantizer(bits))
+    add_module(program.module, path, ActivationFakeQuantizer(bits, symmetric=symmetric))
     first = min(readers)
     edge = call_module(program.graph, first, path, (source,), like=source)
     for reader in readers:

@@ -20,6 +20,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.contract import session_options
 from fptq_compiler.recipe import Bits, CalibrationRecipe, LocalRecipe, Recipe, WeightsRecipe
 from fptq_compiler.report import Report
+from fptq_compiler.runtime.session_file import FULL_PRECISION
 from tests.toys import ToyConfig, export_toy
 
 SMALL = ToyConfig(layers=1, hidden=32, mlp=48, tied=True)
@@ -90,7 +91,7 @@ def compile_toy(config: ToyConfig, recipe: Recipe, path: Path, **options: Any) -
 
 def run_onnx(path: Path, ids: torch.Tensor) -> torch.Tensor:
     """The file's logits in ONNX Runtime, weight-only matmuls in full precision."""
-    options = session_options()
+    options = session_options(FULL_PRECISION)
     session = onnxruntime.InferenceSession(
         str(path), options, providers=["CPUExecutionProvider"]
     )

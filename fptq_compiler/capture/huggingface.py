@@ -158,6 +158,19 @@ def generation_start(config: Any) -> int | None:
     return None
 
 
+def text_ends(config: Any) -> tuple[int, ...]:
+    """The token ids that end a text: one, several or none."""
+    value = getattr(config, "eos_token_id", None)
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int))
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence, in tokens, or None where the config does not say."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def _takes_explicit_mask(model: Any, example_ids: torch.Tensor) -> bool:
     """Whether a causal mask [1, 1, S, S] gives what the model computes by itself.
 

@@ -17,10 +17,12 @@ from fptq_compiler.capture.finite import refuse_non_finite
 from fptq_compiler.capture.gguf import load_gguf
 from fptq_compiler.capture.gguf_header import MAGIC
 from fptq_compiler.capture.huggingface import (
+    context_length,
     export_causal_lm,
     generation_start,
     load_huggingface,
     read_config,
+    text_ends,
 )
 from fptq_compiler.capture.pickled import load_pickled
 from fptq_compiler.errors import CaptureError
@@ -40,13 +42,17 @@ class Captured:
         origin: what the user named, for messages; metadata uses only its base name.
         tokenizer: folder or GGUF file with the model's own tokenizer, if there is one.
         generation_start: token id that begins a text (bos, else eos), if the config says.
+        text_ends: token ids that end a text.
+        context_length: the longest sequence the model was made for, if the config says.
     """
 
     program: torch.export.ExportedProgram
     kind: str
     origin: str
     tokenizer: Path | None
-    generation_start: int | None
+    generation_start: int | None = None
+    text_ends: tuple[int, ...] = ()
+    context_length: int | None = None
 
 
 def capture(
@@ -67,7 +73,7 @@ def capture(
         CaptureError: the input is missing, not understood, damaged, not safe, or holds NaN.
     """
     if isinstance(source, torch.export.ExportedProgram):
-        captured = Captured(source, "module", "exported program", None, None)
+        captured = Captured(source, "module", "exported program", None)
     elif isinstance(source, torch.nn.Module):
         captured = _capture_module(source, "module", type(source).__name__, example_inputs)
     else:
@@ -90,7 +96,7 @@ def _capture_path(
         return _capture_gguf(path)
     if kind == "archive":
         program = load_archive(path, trust_pickle=trust_pickle)
-        return Captured(program, "archive", str(path), _tokenizer_of(path.parent), None)
+        return Captured(program, "archive", str(path), _tokenizer_of(path.parent))
     module = load_pickled(path, trust_pickle=trust_pickle)
     return _capture_module(module, "pickle", str(path), example_inputs)
 
@@ -156,9 +162,7 @@ def _capture_folder(folder: Path, trust_pickle: bool) -> Captured:
     if (folder / "config.json").exists():
         read_config(folder)
         model = load_huggingface(folder, trust_pickle=trust_pickle)
-        start = generation_start(model.config)
-        program = export_causal_lm(model)
-        return Captured(program, "huggingface", str(folder), _tokenizer_of(folder), start)
+        return _captured(model, "huggingface", str(folder), _tokenizer_of(folder))
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return _capture_gguf(files[0])
@@ -172,8 +176,7 @@ def _capture_folder(folder: Path, trust_pickle: bool) -> Captured:
 
 def _capture_gguf(path: Path) -> Captured:
     model = load_gguf(path)
-    start = generation_start(model.config)
-    return Captured(export_causal_lm(model), "gguf", str(path), path, start)
+    return _captured(model, "gguf", str(path), path)
 
 
 def _capture_module(
@@ -181,8 +184,7 @@ def _capture_module(
 ) -> Captured:
     if isinstance(module, transformers.PreTrainedModel):
         ids = example_inputs[0] if example_inputs else None
-        start = generation_start(module.config)
-        return Captured(export_causal_lm(module, ids), kind, origin, None, start)
+        return _captured(module, kind, origin, None, ids)
     if example_inputs is None:
         message = (
             f"{origin}: a module can only be exported with example inputs, found none. Give token "
@@ -190,7 +192,21 @@ def _capture_module(
         )
         raise CaptureError(message)
     program = export_dynamic(module, example_inputs, origin=origin)
-    return Captured(program, kind, origin, None, None)
+    return Captured(program, kind, origin, None)
+
+
+def _captured(
+    model: transformers.PreTrainedModel,
+    kind: str,
+    origin: str,
+    tokenizer: Path | None,
+    ids: torch.Tensor | None = None,
+) -> Captured:
+    """Export a transformers model, and keep what its config says of texts."""
+    return Captured(
+        export_causal_lm(model, ids), kind, origin, tokenizer,
+        generation_start(model.config), text_ends(model.config), context_length(model.config),
+    )
 
 
 def _tokenizer_of(folder: Path) -> Path | None:

@@ -64,6 +64,16 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     metavar="DIR|FILE",
     help="Tokenizer for text, where the model brings none.",
 )
+@click.option(
+    "--kv-cache",
+    is_flag=True,
+    default=None,
+    help="Give the file a KV cache: past keys and values in, present ones out, for generation.",
+)
+@click.option(
+    "--max-length", type=int, metavar="N",
+    help="Tokens that the cache may hold; the model's context, at most 8192, if not given.",
+)
 @click.option("--samples", type=int, metavar="N", help="Calibration sequences.")
 @click.option("--sequence-length", type=int, metavar="T", help="Tokens of each.")
 @click.option("--target", metavar="NAME", help=f"Form of the file: {', '.join(TARGETS)}.")
@@ -117,6 +127,8 @@ def command(
     transforms: str | None,
     calibration: Path | None,
     tokenizer: Path | None,
+    kv_cache: bool | None,
+    max_length: int | None,
     samples: int | None,
     sequence_length: int | None,
     target: str | None,
@@ -148,6 +160,8 @@ def command(
         target=target,
         verify=verify,
         seed=seed,
+        kv_cache=kv_cache,
+        max_length=max_length,
     )
     check_output(model, output)
     check_device(device)

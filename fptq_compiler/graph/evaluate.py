@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+CACHE_PREFIX = "past_key_values"
 Environment = dict[Node, Any]
 Watcher = Callable[[Node, Any], None]
 
@@ -199,17 +200,26 @@ class Region:
         return environment[target]
 
 
-def default_inputs(module: fx.GraphModule, batch: int, sequence: int) -> dict[Node, Tensor]:
-    """Plain values for the placeholders: ids 0, positions 0 1 2 …, masks that hide nothing."""
+def default_inputs(
+    module: fx.GraphModule, batch: int, sequence: int, past: int = 0
+) -> dict[Node, Tensor]:
+    """Plain values for the placeholders: ids 0, positions 0 1 2 …, masks that hide nothing.
+
+    Caches hold `past` tokens, all zero.
+    """
     return {
-        node: _default_value(node, batch, sequence)
+        node: _default_value(node, batch, sequence, past)
         for node in module.graph.nodes
         if node.op == "placeholder"
     }
 
 
-def _default_value(node: Node, batch: int, sequence: int) -> Tensor:
+def _default_value(node: Node, batch: int, sequence: int, past: int) -> Tensor:
     fake = node.meta["val"]
+    if node.name.startswith(CACHE_PREFIX):
+        return torch.zeros((batch, fake.shape[1], past, fake.shape[3]), dtype=fake.dtype)
+    if node.name == "attention_mask" and fake.is_meta:  # add_cache's own
+        return torch.ones((batch, past + sequence), dtype=fake.dtype)
     sizes = [batch, sequence]
     shape = [
         int(size) if isinstance(size, int) else sizes[min(axis, 1)]

@@ -41,9 +41,10 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def _attention(
+def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
+    """The reference of `fptq.attention`: scores and sums in the dtype of q, softmax in float32."""
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, width)
@@ -130,7 +131,7 @@ rms_norm = _define(
 attention = _define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor",
-    _attention,
+    attention_reference,
 )
 fake_quantize = _define(
     "fake_quantize",

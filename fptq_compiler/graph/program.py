@@ -68,6 +68,7 @@ class Program:
     Attributes:
         module: unlifted graph with real parameters under their checkpoint names.
         inputs: the placeholders, in order.
+        outputs: names of what the graph gives, the logits first.
         facts: what has been established (passes require and provide these words).
         sites: where transforms may act; filled by the pass find_sites.
         near_misses: the closest candidates of what was not found.
@@ -80,6 +81,7 @@ class Program:
 
     module: fx.GraphModule
     inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...] = ("logits",)
     facts: set[str] = field(default_factory=set)
     sites: Sites = field(default_factory=Sites)
     near_misses: list[NearMiss] = field(default_factory=list)
@@ -115,7 +117,7 @@ class Program:
             return evaluate.logits(self.module, self.arguments(ids))
 
     def arguments(self, ids: Tensor) -> list[Tensor]:
-        """All inputs of the graph for token ids (B, S)."""
+        """All inputs of the graph for token ids (B, S); a cache is empty."""
         plain = evaluate.default_inputs(self.module, ids.shape[0], ids.shape[1])
         values = list(plain.values())
         values[self.ids_index] = ids

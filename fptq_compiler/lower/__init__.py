@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,14 +11,16 @@ from fptq_compiler.errors import VerificationError
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.audit import audit
 from fptq_compiler.lower.contract import contract_of, optimized_kernels
+from fptq_compiler.lower.expand import expand
 from fptq_compiler.lower.export import to_onnx
 from fptq_compiler.lower.packing import pack_int4
 from fptq_compiler.lower.parity import check_parity
-from fptq_compiler.lower.targets import qdq
+from fptq_compiler.lower.targets import target_of
 from fptq_compiler.lower.write import publish, save, staging
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
+from fptq_compiler.runtime.session_file import SessionFile, write_session_file
 
 
 def lower(
@@ -28,6 +31,7 @@ def lower(
     *,
     probe: Tensor,
     force: bool,
+    language: SessionFile,
     progress: Progress,
 ) -> None:
     """Write `output` and fill the report's audit, parity and sizes.
@@ -38,6 +42,7 @@ def lower(
         recipe: what was asked for; it travels in the file's metadata.
         report: gets stages, audit, parity and sizes.
         probe: token ids (B, S) for the comparison with ONNX Runtime.
+        language: what the session file says of texts: context and special ids.
         force: write the file although it fails the check, and say so.
         progress: one step a stage.
 
@@ -45,21 +50,23 @@ def lower(
         LoweringError: the file cannot be made, loaded or written.
         VerificationError: it is not the program; nothing is written.
     """
+    target = target_of(recipe.target)
     progress.start("lowering to ONNX", 3)
     with staging(output) as folder:
         staged = folder / output.name
         with report.stage("lower"):
-            model = to_onnx(program)
+            model = to_onnx(program, target)
+            expand(model, target.expansions)
             pack_int4(model)
             report.audit = audit(program, model, recipe.bits.weights)
-            save(model, staged, _metadata(report, recipe), qdq.IR_VERSION)
+            save(model, staged, _metadata(program, report, recipe), target.ir_version)
             del model
             progress.advance(1, "written")
         with report.stage("check against ONNX Runtime"):
-            kernels, int4 = optimized_kernels(staged, folder)
+            kernels, int4 = optimized_kernels(staged, folder, target.session_config)
             failures = contract_of(program).check(kernels, int4)
             progress.advance(1, "kernels counted")
-            parity = check_parity(program, staged, probe, folder)
+            parity = check_parity(program, staged, probe, folder, target.session_config)
             failures += parity.failures()
             report.parity.update(parity.to_dict())
             report.parity["kernels"] = ", ".join(f"{n} {k}" for k, n in kernels.most_common())
@@ -77,14 +84,20 @@ def lower(
             )
             raise VerificationError(message)
         report.decisions += [f"WRITTEN BY --force ALTHOUGH: {f}" for f in failures]
+        write_session_file(staged, replace(
+            language, target=target.name, providers=target.providers,
+            session_config=dict(target.session_config),
+        ))
         report.size_after = publish(staged, output)
     progress.done()
 
 
-def _metadata(report: Report, recipe: Recipe) -> dict[str, str]:
+def _metadata(program: Program, report: Report, recipe: Recipe) -> dict[str, str]:
     """What travels in the file: recipe, seed, versions, origin."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    heads = {str(s.heads) for s in program.sites.attention}
     return {
+        "fptq.heads": ", ".join(sorted(heads)),
         "fptq.recipe": recipe.to_toml(),
         "fptq.seed": str(recipe.seed),
         "fptq.versions": versions,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets.qdq import forms_of
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 logger = logging.getLogger(__name__)
 
 
@@ -65,27 +67,25 @@ def contract_of(program: Program) -> Contract:
     return Contract(integer, weight_only)
 
 
-def session_options(*, accuracy_level: int = 1) -> onnxruntime.SessionOptions:
-    """Options that every session of ours uses: weight-only matmuls in full precision.
-
-    ONNX Runtime's own default, accuracy level 4, quantises activations to INT8 on the fly.
-    """
+def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
+    """Options with the entries that a target's forms rely on."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.qdq_matmulnbits_accuracy_level", str(accuracy_level)
-    )
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
     return options
 
 
-def optimized_kernels(path: Path, folder: Path) -> tuple[Counter[str], int]:
+def optimized_kernels(
+    path: Path, folder: Path, config: Mapping[str, str]
+) -> tuple[Counter[str], int]:
     """Kernel counts of the optimised graph, and how many dequantise an INT4 initialiser.
 
     Raises:
         LoweringError: ONNX Runtime cannot load the file; its message is quoted.
     """
     optimized = folder / "optimized.onnx"
-    options = session_options()
+    options = session_options(config)
     options.optimized_model_filepath = str(optimized)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", "optimized.data"
@@ -96,10 +96,11 @@ def optimized_kernels(path: Path, folder: Path) -> tuple[Counter[str], int]:
     except Exception as error:
         message = f"ONNX Runtime {onnxruntime.__version__} cannot load the written file: {error}"
         raise LoweringError(message) from error
+    # Subgraphs count: a kernel inside a branch runs as well.
     model = ir.load(optimized)
     kernels: Counter[str] = Counter()
     int4 = 0
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         kernels[node.op_type] += 1
         if node.op_type == "DequantizeLinear":
             source = node.inputs[0]

@@ -12,16 +12,18 @@ import torch
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.program import Program
-from fptq_compiler.lower.targets import qdq
+from fptq_compiler.lower.targets import Target
+
+EXAMPLE_PAST = 3  # tokens: torch.export takes sizes 0 and 1 for constants
 
 
-def to_onnx(program: Program) -> ir.Model:
+def to_onnx(program: Program, target: Target) -> ir.Model:
     """Translate the program, with symbolic batch and sequence where it has them.
 
     Raises:
         LoweringError: torch.export or torch.onnx refuses the graph; the cause is quoted.
     """
-    plain = evaluate.default_inputs(program.module, 2, 7)
+    plain = evaluate.default_inputs(program.module, 2, 7, EXAMPLE_PAST)
     example = list(plain.values())
     shapes = tuple(
         {i: torch.export.Dim.DYNAMIC for i, d in enumerate(s.dims) if isinstance(d, str)}
@@ -30,18 +32,20 @@ def to_onnx(program: Program) -> ir.Model:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
+            # A plain module: the program's own still knows the inputs that it was captured with.
+            plain_module = torch.fx.GraphModule(program.module, program.graph)
             exported = torch.export.export(
-                program.module, tuple(example), dynamic_shapes=shapes, strict=False
+                plain_module, tuple(example), dynamic_shapes=shapes, strict=False
             )
             found = torch.onnx.export(
                 exported,
                 (),
-                opset_version=qdq.OPSET,
+                opset_version=target.opset,
                 optimize=False,
                 verbose=False,
                 input_names=[s.name for s in program.inputs],
-                output_names=["logits"],
-                custom_translation_table=qdq.translations(program),
+                output_names=list(program.outputs),
+                custom_translation_table=target.translations(program),
             )
     except Exception as error:
         message = f"torch.onnx could not translate the frozen graph: {error}"

@@ -9,7 +9,9 @@ what follows is compared on equal terms.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx import Node
 
-from fptq_compiler.graph import ops
+from fptq_compiler.graph import cache_ops, evaluate, ops
 from fptq_compiler.graph.evaluate import Environment, bind_inputs, last_uses, run_node
 from fptq_compiler.graph.program import Program
-from fptq_compiler.lower.contract import session_options
-from fptq_compiler.quant.grid import Grid
+from fptq_compiler.lower.contract import ACCURACY_LEVEL, session_options
 
 TIE = 0.02  # of a code: values this near to a tie may round either way
 LOGITS = 1e-4  # relative to the largest logit, with ties taken over
@@ -87,49 +88,83 @@ class Parity:
         return found
 
 
-def check_parity(program: Program, path: Path, ids: Tensor, folder: Path) -> Parity:
-    """Run both on token ids (B, S).
+def check_parity(
+    program: Program, path: Path, ids: Tensor, folder: Path, config: Mapping[str, str]
+) -> Parity:
+    """Run both on token ids (B, S); with a cache, chunk by chunk.
 
     Args:
         program: frozen.
         path: the ONNX file.
         ids: token ids.
         folder: where a copy of the file with its codes as outputs may lie for the while.
+        config: entries of the session's configuration.
     """
     parity = Parity()
-    feeds = {
-        spec.name: value.numpy()
-        for spec, value in zip(program.inputs, program.arguments(ids), strict=True)
-    }
     model = ir.load(path)
     parity.weight_codes_equal = _weight_codes_equal(program, model)
     names = _expose_codes(program, model)
     exposed = folder / "exposed.onnx"
     ir.save(model, exposed, external_data="exposed.data")
     del model
-    plain = _session(path)
-    (logits,) = plain.run(["logits"], feeds)
+    plain = _session(path, config)
+    freely = [plain.run(None, _feeds(program, inputs)) for inputs in _runs(program, ids, plain)]
     del plain
-    codes: dict[str, np.ndarray[Any, Any]] = {}
-    if names:
-        session = _session(exposed)
-        found = session.run(["logits", *names.values()], feeds)
-        codes = dict(zip(names, found[1:], strict=True))
-        del session
+    session = _session(exposed, config)
+    cached = program.call_nodes(cache_ops.cached_attention)
+    outputs = ["logits", *names.values(), *program.outputs[1:]]
+    for inputs, free in zip(_runs(program, ids, session), freely, strict=True):
+        found = session.run(outputs, _feeds(program, inputs))
+        codes = dict(zip((*names, *_stored_names(cached)), found[1:], strict=True))
+        forced = _forced_logits(program, inputs, codes, parity)
+        parity.logits = max(parity.logits, _relative(torch.from_numpy(found[0]), forced))
+        ours = evaluate.logits(program.module, inputs)
+        error = _relative(torch.from_numpy(free[0]), ours)
+        parity.free_logits = max(parity.free_logits, error)
+    del session
     exposed.unlink()
     (folder / "exposed.data").unlink(missing_ok=True)
-    forced = _forced_logits(program, ids, codes, parity)
-    reference = torch.from_numpy(found[0] if names else logits)
-    parity.logits = _relative(reference, forced)
-    parity.free_logits = _relative(torch.from_numpy(logits), program.run(ids))
     if not names and any(n.args[4] == 4 for n in program.call_nodes(ops.linear)):
-        (fast,) = _session(path, level=4).run(["logits"], feeds)
-        parity.level4_logits = _relative(torch.from_numpy(fast), forced)
+        fast = _session(path, {**config, ACCURACY_LEVEL: "4"})
+        (inputs, *_) = _runs(program, ids, fast)
+        (logits,) = fast.run(["logits"], _feeds(program, inputs))
+        parity.level4_logits = _relative(torch.from_numpy(logits), program.run(inputs[0]))
     return parity
 
 
-def _session(path: Path, level: int = 1) -> onnxruntime.InferenceSession:
-    options = session_options(accuracy_level=level)
+def _runs(
+    program: Program, ids: Tensor, session: onnxruntime.InferenceSession
+) -> Iterator[list[Tensor]]:
+    """The inputs of each run: all tokens at once, or with a cache a half, a chunk, one token.
+
+    What ONNX Runtime stored is what both sides read in the next run.
+    """
+    if "cached" not in program.facts:
+        yield program.arguments(ids)
+        return
+    length = ids.shape[1]
+    bounds = [0, length // 2, length - 1, length]
+    past = program.arguments(ids)[2:]
+    for start, stop in pairwise(bounds):
+        seen = torch.ones((ids.shape[0], stop), dtype=torch.int64)
+        inputs = [ids[:, start:stop].contiguous(), seen, *past]
+        yield inputs
+        if stop < length:
+            stored = session.run(list(program.outputs[1:]), _feeds(program, inputs))
+            past = [torch.from_numpy(x) for x in stored]
+
+
+def _feeds(program: Program, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    return {s.name: x.numpy() for s, x in zip(program.inputs, inputs, strict=True)}
+
+
+def _stored_names(cached: Sequence[Node]) -> list[str]:
+    """Under which names `_forced_logits` finds what each attention stored."""
+    return [f"{n.name}.{kind}" for n in cached for kind in ("key", "value")]
+
+
+def _session(path: Path, config: Mapping[str, str]) -> onnxruntime.InferenceSession:
+    options = session_options(config)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -172,18 +207,24 @@ def _expose_codes(program: Program, model: ir.Model) -> dict[str, str]:
 
 
 def _forced_logits(
-    program: Program, ids: Tensor, codes: dict[str, np.ndarray[Any, Any]], parity: Parity
+    program: Program,
+    inputs: Sequence[Tensor],
+    codes: dict[str, np.ndarray[Any, Any]],
+    parity: Parity,
 ) -> Tensor:
     """Our logits with ONNX Runtime's codes taken over, each compared first."""
     module = program.module
     nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr")]
-    environment: Environment = bind_inputs(module, program.arguments(ids), None)
+    environment: Environment = bind_inputs(module, inputs, None)
     dying = last_uses(nodes)
     value: Any = None
     with torch.no_grad():
         for node in nodes:
             if node.name in codes:
                 value = _compare(node, environment, torch.from_numpy(codes[node.name]), parity)
+            elif node.target is cache_ops.cached_attention:
+                stored = [torch.from_numpy(codes[n]) for n in _stored_names([node])]
+                value = _compare_stored(program, node, environment, stored, parity)
             else:
                 value = run_node(module, node, environment, None)
             environment[node] = value
@@ -198,23 +239,54 @@ def _compare(node: Node, environment: Environment, theirs: Tensor, parity: Parit
     """Compare the codes of one quantiser; gives the values of ONNX Runtime's codes."""
     source, scale, zero, bits, _ = node.args
     assert isinstance(source, Node)
+    assert isinstance(scale, float)
     assert isinstance(zero, int)
     assert isinstance(bits, int)
-    zero_point, grid = float(zero), Grid(bits, symmetric=False)
-    step = torch.tensor(scale, dtype=torch.float32)
     value = environment[source]
     assert isinstance(value, Tensor)
-    exact = value.float() / step
-    ours = (exact.round() + zero_point).clamp(grid.lowest, grid.highest)
-    theirs = theirs.float()
+    centred = theirs.float() - zero
+    _count(value, centred, scale, (-zero, (1 << bits) - 1 - zero), parity)
+    return centred * torch.tensor(scale, dtype=torch.float32)
+
+
+def _compare_stored(
+    program: Program, node: Node, environment: Environment, theirs: list[Tensor], parity: Parity
+) -> tuple[Tensor, ...]:
+    """Compare what one attention stored; gives what follows from ONNX Runtime's codes."""
+
+    def load(argument: Node) -> Any:
+        if argument.op == "get_attr":
+            return program.parameter(str(argument.target))
+        return environment[argument]
+
+    loaded: Any = fx.map_arg(node.args, load)
+    arguments = cache_ops.CachedAttention(*loaded)
+    bits = arguments.bits
+    half = 1 << (bits - 1)
+    for values, stored, scale in zip(
+        arguments.new_values(), theirs, (arguments.key_scale, arguments.value_scale), strict=True
+    ):
+        new = stored[:, :, stored.shape[2] - values.shape[2] :]
+        if bits == 16:
+            continue
+        codes = new if bits == 8 else cache_ops.unpack_pairs(new)
+        _count(values, codes.float(), scale, (-half, half - 1), parity)
+    return (arguments.attend(*theirs), *theirs)
+
+
+def _count(
+    values: Tensor, theirs: Tensor, scale: float, limits: tuple[int, int], parity: Parity
+) -> None:
+    """Count the codes, zero-point taken off, that are not those of the values."""
+    exact = values.float() / torch.tensor(scale, dtype=torch.float32)
+    ours = exact.round().clamp(*limits)
     apart = ours != theirs
     parity.codes += ours.numel()
     if bool(apart.any()):
         # A code is right if the value lies within half a step of it; at a tie both are.
-        beyond = ((theirs - zero_point - exact).abs() - 0.5)[apart]
+        beyond = ((theirs - exact).abs() - 0.5)[apart]
         near = beyond <= TIE
         parity.ties += int(near.sum())
         parity.wrong += int((~near).sum())
         if bool((~near).any()):
             parity.worst = max(parity.worst, float(beyond[~near].max()))
-    return (theirs - zero_point) * step

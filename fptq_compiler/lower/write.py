@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from fptq_compiler.errors import LoweringError
+from fptq_compiler.runtime.session_file import session_path
 
 EXTERNAL_ABOVE = 1_900_000_000  # protobuf ends at 2 GiB
 
@@ -70,20 +71,20 @@ def save(
 
 
 def publish(staged: Path, output: Path) -> int:
-    """Move the finished file, and its external data, to the output; gives the bytes.
+    """Move the finished file, and what belongs to it, to the output; gives the weights' bytes.
 
-    The data file goes first, so that a model never stands without its weights.
+    Data and session file go first, so that a model never stands without them.
     """
-    size = 0
     data = staged.with_name(f"{staged.name}.data")
     try:
-        for source, target in ((data, output.with_name(data.name)), (staged, output)):
+        settings = session_path(staged)
+        beside = [(f, output.with_name(f.name)) for f in (data, settings)]
+        for source, target in (*beside, (staged, output)):
             if source.exists():
-                size += source.stat().st_size
                 source.replace(target)
-            elif source is data:
+            elif source is not staged:
                 target.unlink(missing_ok=True)  # of the model that is being replaced
     except OSError as error:
         message = f"cannot move the finished file to {output}: {error.strerror}"
         raise LoweringError(message) from error
-    return size
+    return sum(p.stat().st_size for p in (output, beside[0][1]) if p.exists())

@@ -15,16 +15,16 @@ CHUNK = 1 << 22
 
 
 class ActivationFakeQuantizer(nn.Module):
-    """Static per-tensor asymmetric quantiser of an activation.
+    """Static per-tensor quantiser of an activation, asymmetric if nothing else is said.
 
     Attributes:
         scale: () float32, positive.
         zero_point: () float32, rounded into the grid where it is used.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, *, symmetric: bool = False) -> None:
         super().__init__()
-        self.grid = Grid(bits, symmetric=False)
+        self.grid = Grid(bits, symmetric=symmetric)
         self.scale = nn.Parameter(torch.ones(()))
         self.zero_point = nn.Parameter(torch.zeros(()))
 

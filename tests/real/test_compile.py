@@ -17,6 +17,7 @@ from fptq_compiler.graph.verify import relative_error
 from fptq_compiler.lower.parity import check_parity
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import Recipe
+from fptq_compiler.runtime.session_file import FULL_PRECISION
 from tests.compiling import (
     BIASED,
     SMALL,
@@ -104,7 +105,9 @@ def check_shapes(compiled: Compiled, folder: Path) -> None:
         generator = torch.Generator().manual_seed(shape[1])
         tokens = torch.randint(vocabulary, shape, generator=generator)
         assert run_onnx(compiled.path, tokens).shape == (*shape, vocabulary)
-        parity = check_parity(compiled.program, compiled.path, tokens, folder)
+        parity = check_parity(
+            compiled.program, compiled.path, tokens, folder, FULL_PRECISION
+        )
         assert parity.failures() == []
 
 

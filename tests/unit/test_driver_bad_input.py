@@ -84,7 +84,7 @@ def shop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shop:
 @pytest.fixture
 def same_model(monkeypatch: pytest.MonkeyPatch, translated: Path) -> None:
     """Translate to ONNX once for all tests that fail after that, for it takes seconds."""
-    monkeypatch.setattr(lower, "to_onnx", lambda program: ir.load(translated))
+    monkeypatch.setattr(lower, "to_onnx", lambda program, target: ir.load(translated))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def translated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("translated") / "raw.onnx"
     original = lower.to_onnx
 
-    def keep(program: Any) -> ir.Model:
-        ir.save(original(program), path)
+    def keep(program: Any, target: Any) -> ir.Model:
+        ir.save(original(program, target), path)
         return ir.load(path)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -381,7 +381,8 @@ def test_a_wrong_file_is_not_written_but_by_force(
 def test_report_and_dumps_are_written(shop: Shop, toy: Path) -> None:
     report, dumps = shop.folder / "report.json", shop.folder / "dumps"
     assert shop.compile(toy, "--report", report, "--dump-dir", dumps) == 0
-    assert [path.name for path in shop.output.parent.iterdir()] == ["toy.onnx"]
+    names = sorted(path.name for path in shop.output.parent.iterdir())
+    assert names == ["toy.onnx", "toy.onnx.session.json"]
     found = json.loads(report.read_text(encoding="utf-8"))
     assert Recipe.from_toml(found["recipe"], "report") == shop.recipe
     stages = [row["name"] for row in found["stages"]]
@@ -435,7 +436,8 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     assert shop.compile(toy) == 0
     uninterrupted = shop.output.read_bytes()
-    shop.output.unlink()
+    for path in shop.output.parent.iterdir():
+        path.unlink()
     folder = shop.folder / "work"
     with monkeypatch.context() as patch:
         patch.setattr(driver, "lower", interrupt)

@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graph": MATHEMATICS,
     "passes": MATHEMATICS | {"graph"},
     "optimize": MATHEMATICS | {"graph"} | RECORDS,
-    "lower": MATHEMATICS | {"graph"} | RECORDS,
+    "lower": MATHEMATICS | {"graph", "runtime"} | RECORDS,  # runtime for its session file
+    "runtime": {"errors"},
 }
 """The layers that have neighbours; capture, driver and cli stand above them."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fptq_compiler.graph import ops
 from fptq_compiler.lower.parity import Parity, _compare, check_parity
+from fptq_compiler.runtime.session_file import FULL_PRECISION
 from tests.compiling import SMALL, Compiled, compile_toy, quick
 
 SCALE, ZERO = 0.25, 3
@@ -66,7 +67,7 @@ def test_logits_that_are_not_numbers_fail() -> None:
 
 
 def test_the_written_file_is_the_program(compiled: Compiled, tmp_path: Path) -> None:
-    parity = check_parity(compiled.program, compiled.path, IDS, tmp_path)
+    parity = check_parity(compiled.program, compiled.path, IDS, tmp_path, FULL_PRECISION)
     assert parity.failures() == []
     assert parity.weight_codes_equal
     # The inputs of q k v, of o, of gate and up, of down, of the head, and K and V.
@@ -83,7 +84,7 @@ def test_one_weight_code_apart(compiled: Compiled, tmp_path: Path) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(codes.astype(ml_dtypes.int4), tensor.name))
     path = tmp_path / "changed.onnx"
     onnx.save(model, path)
-    parity = check_parity(compiled.program, path, IDS, tmp_path)
+    parity = check_parity(compiled.program, path, IDS, tmp_path, FULL_PRECISION)
     assert not parity.weight_codes_equal
     assert parity.failures()[0] == "the weight codes in the file are not the program's"
 
@@ -97,7 +98,7 @@ def test_an_activation_scale_apart(compiled: Compiled, tmp_path: Path) -> None:
     change_scalar(model, first, 1.02)
     path = tmp_path / "changed.onnx"
     onnx.save(model, path)
-    parity = check_parity(compiled.program, path, IDS, tmp_path)
+    parity = check_parity(compiled.program, path, IDS, tmp_path, FULL_PRECISION)
     assert parity.weight_codes_equal
     assert parity.wrong > 10
     assert any("differ away from any tie" in words for words in parity.failures())
@@ -128,4 +129,4 @@ def test_a_program_with_another_count_of_quantisers_is_refused(
     path = tmp_path / "changed.onnx"
     onnx.save(model, path)
     with pytest.raises(ValueError, match=r"8 QuantizeLinear in the file, 7 in the program"):
-        check_parity(compiled.program, path, IDS, tmp_path)
+        check_parity(compiled.program, path, IDS, tmp_path, FULL_PRECISION)

@@ -97,6 +97,9 @@ def test_the_default_recipe_reads_as_written() -> None:
         "\n[calibration]\n"
         "samples = 8\n"
         "length = 256\n"
+        "\n[cache]\n"
+        "enabled = false\n"
+        "max_length = 0\n"
     )
 
 

@@ -23,12 +23,13 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 
-from fptq_compiler.graph import ops
+from fptq_compiler.graph import cache_ops, ops
 from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.emitter import Emitter
+from fptq_compiler.lower.expand import Expansion
+from fptq_compiler.lower.targets import Target, cache
+from fptq_compiler.lower.targets.carried import Carried, carry_attention, carry_positions
 
-OPSET = 21
-LOWEST = -3.0e38  # added to a score it hides the key; -inf would make rows of NaN
-IR_VERSION = 10
 FLOAT, INT8, INT4, UINT8 = (
     ir.DataType.FLOAT.value,
     ir.DataType.INT8.value,
@@ -57,7 +58,7 @@ def fake_quantize(
         x = op.Clip(x, low, high)
     elif role in ("key", "value") and not forms.integer_linears:
         # A Q behind a weight-only linear, even beyond a Transpose, would stop its fusion.
-        x = op.Max(x, op.Constant(value_float=LOWEST))
+        x = op.Max(x, op.Constant(value_float=cache.LOWEST))
     codes = op.QuantizeLinear(x, step, zero)
     if role == "linear input" and not forms.integer_linears:
         shifted = op.Sub(op.Cast(codes, to=FLOAT), op.Constant(value_float=float(zero_point)))
@@ -114,13 +115,13 @@ def _additive(mask: Any) -> Any:
     """A boolean mask (true: shown) as numbers to add; numbers stay."""
     if mask.dtype != ir.DataType.BOOL:
         return mask
-    shown, hidden = op.Constant(value_float=0.0), op.Constant(value_float=LOWEST)
+    shown, hidden = op.Constant(value_float=0.0), op.Constant(value_float=cache.LOWEST)
     return op.Where(mask, shown, hidden)
 
 
 def _causal(queries: Any, keys: Any) -> Any:
     """(S, T) additive: 0 up to the diagonal that ends at the last key, lowest behind it."""
-    hidden = op.Expand(op.Constant(value_float=LOWEST), op.Concat(queries, keys, axis=0))
+    hidden = op.Expand(op.Constant(value_float=cache.LOWEST), op.Concat(queries, keys, axis=0))
     diagonal = op.Squeeze(op.Sub(op.Add(keys, op.Constant(value_ints=[1])), queries))
     return op.Trilu(hidden, diagonal, upper=1)
 
@@ -183,6 +184,8 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
         return linear(x, codes, scale, bias, bits, block, forms=forms)
 
     return {
+        cache_ops.positions: carry_positions,
+        cache_ops.cached_attention: carry_attention,
         torch.ops.aten.relu.default: relu,
         ops.rms_norm: rms_norm,
         ops.fake_quantize: emit_fake_quantize,
@@ -190,3 +193,20 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
         ops.attention: attention,
         ops.linear: emit_linear,
     }
+
+
+def _cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
+    return cache.plain_attention(op, Carried.of(node))
+
+
+def _positions(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
+    return (cache.positions(op, *node.inputs),)
+
+
+EXPANSIONS: dict[str, Expansion] = {
+    "CachedAttention": _cached_attention, "Positions": _positions,
+}
+TARGET = Target(
+    "qdq", translations, EXPANSIONS,
+    session_config={"session.qdq_matmulnbits_accuracy_level": "1"}
+)

@@ -1,0 +1,174 @@
+"""Composite operators of a model with a KV cache, beside those of `graph.ops`.
+
+    positions         attention mask (B, T), ids (B, S)            -> (B, S) int64
+    cached_attention  q (B, S, H·D), k v (B, S, H_kv·D), past      -> (B, S, H·D), present k, v
+
+A cache holds keys after RoPE: float (B, H_kv, P, D), codes in INT8 of the same shape, or 4-bit
+codes plus 8, two in a UINT8 along D, the even channel in the low half. That is what
+com.microsoft.GroupQueryAttention holds. Quantised caches have one static symmetric scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fptq_compiler.graph.ops import attention_reference
+from fptq_compiler.quant.grid import Grid, quantize
+
+CACHE_DTYPES = {16: torch.float32, 8: torch.int8, 4: torch.uint8}
+
+
+def _positions(mask: Tensor, ids: Tensor) -> Tensor:
+    """How many tokens stand before each of the last S: padding does not count."""
+    counted = mask.long().cumsum(1) - 1
+    return counted.clamp_min(0)[:, mask.shape[1] - ids.shape[1] :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate the first R channels of (B, S, H, D) by the angles of (B, S, R / 2)."""
+    width = 2 * cos.shape[-1]
+    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    turned, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        pair = torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((pair.flatten(-2), rest), -1)
+    a, b = turned.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+
+
+def encode(x: Tensor, scale: float, bits: int) -> Tensor:
+    """Codes of keys or values (B, H_kv, S, D) as the cache holds them."""
+    if bits == 16:
+        return x
+    step = torch.tensor(scale, dtype=torch.float32)
+    codes = quantize(x, step, None, Grid(bits, symmetric=True)).to(torch.int8)
+    return codes if bits == 8 else pack_pairs(codes)
+
+
+def decode(cache: Tensor, scale: float, bits: int, dtype: torch.dtype) -> Tensor:
+    """The values (B, H_kv, T, D) that a cache stands for."""
+    if bits == 16:
+        return cache
+    codes = cache if bits == 8 else unpack_pairs(cache)
+    return codes.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
+
+
+def pack_pairs(codes: Tensor) -> Tensor:
+    """INT4 codes (..., D) as UINT8 (..., D / 2)."""
+    shifted = (codes + 8).to(torch.uint8)
+    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+
+
+def unpack_pairs(packed: Tensor) -> Tensor:
+    """UINT8 (..., D / 2) as INT4 codes (..., D) in INT8."""
+    pairs = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    return pairs.to(torch.int8) - 8
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, S, H·D) as (B, S, H, D)."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """The arguments of `fptq.cached_attention`, and what follows from them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    past_key: Tensor
+    past_value: Tensor
+    mask: Tensor
+    positions: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    heads: int
+    kv_heads: int
+    scale: float
+    bits: int
+    key_scale: float
+    value_scale: float
+
+    def new_values(self) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of this run, each (B, H_kv, S, D), before they are stored."""
+        key = self._rotated(split_heads(self.k, self.kv_heads))
+        return key.transpose(1, 2), split_heads(self.v, self.kv_heads).transpose(1, 2)
+
+    def present(self) -> tuple[Tensor, Tensor]:
+        """What the cache holds after this run."""
+        key, value = self.new_values()
+        return (
+            torch.cat((self.past_key, encode(key, self.key_scale, self.bits)), 2),
+            torch.cat((self.past_value, encode(value, self.value_scale, self.bits)), 2),
+        )
+
+    def attend(self, present_key: Tensor, present_value: Tensor) -> Tensor:
+        """(B, S, H·D) from all that is stored."""
+        q = self._rotated(split_heads(self.q, self.heads)).transpose(1, 2)
+        mixed = attention_reference(
+            q,
+            decode(present_key, self.key_scale, self.bits, q.dtype),
+            decode(present_value, self.value_scale, self.bits, q.dtype),
+            visible(self.mask, q.shape[2]),
+            False,
+            self.scale,
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        if self.cos is None or self.sin is None:
+            return x
+        return rotate(x, self.cos[self.positions], self.sin[self.positions], self.interleaved)
+
+
+def _cached_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate, store, and attend to all that is stored."""
+    found = CachedAttention(*arguments)
+    present = found.present()
+    return (found.attend(*present), *present)
+
+
+def visible(mask: Tensor, queries: int) -> Tensor:
+    """(B, 1, S, T) booleans: keys that are tokens and not of the future.
+
+    A query always sees itself, so that the row of a padding token is not empty.
+    """
+    keys = mask.shape[1]
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
+    causal = ones.tril(keys - queries)
+    itself = causal & ones.triu(keys - queries)
+    return (causal & (mask != 0)[:, None, None, :]) | itself
+
+
+def _fake_cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, kv_heads, past, width = past_key.shape
+    shape = (batch, kv_heads, past + k.shape[1], width)
+    return torch.empty_like(q), past_key.new_empty(shape), past_value.new_empty(shape)
+
+
+_positions_op = torch.library.custom_op(
+    "fptq::positions", _positions, mutates_args=(), schema="(Tensor mask, Tensor ids) -> Tensor"
+)
+_positions_op.register_fake(lambda mask, ids: torch.empty_like(ids))
+_cached_attention_op = torch.library.custom_op(
+    "fptq::cached_attention",
+    _cached_attention,
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, Tensor mask, "
+        "Tensor positions, Tensor? cos, Tensor? sin, bool interleaved, int heads, int kv_heads, "
+        "float scale, int bits, float key_scale, float value_scale) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+_cached_attention_op.register_fake(_fake_cached_attention)
+positions = torch.ops.fptq.positions.default
+cached_attention = torch.ops.fptq.cached_attention.default

@@ -1,0 +1,76 @@
+"""Make ONNX nodes as one writes formulas: `op.Add(a, op.Mul(b, c))`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import count
+from typing import Any
+
+import onnx_ir as ir
+
+Emit = Callable[..., Any]
+
+
+class Emitter:
+    """Collects nodes; any attribute is an operator of the standard domain.
+
+    Attributes:
+        nodes: what was made, in order.
+    """
+
+    def __init__(self, prefix: str, shared: Emitter | None = None) -> None:
+        """Start empty.
+
+        Args:
+            prefix: of the names of all values, unique in the model.
+            shared: takes what `once` makes; None for this one itself.
+        """
+        self.nodes: list[ir.Node] = []
+        self._prefix = prefix
+        self._numbers = count()
+        self._shared = shared
+        self._known: dict[Hashable, Any] = {}
+
+    def __getattr__(self, op_type: str) -> Emit:
+        if op_type.startswith("_"):
+            raise AttributeError(op_type)
+        return partial(self.make, op_type)
+
+    def make(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        """A node's output, or its outputs where there are several."""
+        values = [
+            ir.Value(name=f"{self._prefix}_{next(self._numbers)}") for _ in range(outputs)
+        ]
+        self.nodes.append(
+            ir.node(op_type, inputs, attributes, domain=domain, outputs=values)
+        )
+        return values[0] if outputs == 1 else tuple(values)
+
+    def once(self, key: Hashable, make: Callable[[Emitter], Any]) -> Any:
+        """What `make` gives the first time that this key is asked for: shared by all layers."""
+        home = self._shared or self
+        if key not in home._known:
+            home._known[key] = make(home)
+        return home._known[key]
+
+    def ints(self, *values: int) -> Any:
+        """A constant list of int64."""
+        return self.Constant(value_ints=list(values))
+
+    def float(self, value: float) -> Any:
+        """A constant float32 scalar."""
+        return self.Constant(value_float=value)
+
+    def int(self, value: int) -> Any:
+        """A constant int64 scalar."""
+        return self.Constant(value_int=value)
+
+    def branch(self, name: str, body: Callable[[Emitter], Sequence[ir.Value]]) -> ir.Graph:
+        """A subgraph without inputs, for If: it sees the values around it."""
+        inner = Emitter(f"{self._prefix}_{name}", self._shared or self)
+        results = body(inner)
+        return ir.Graph((), results, nodes=inner.nodes, name=name)

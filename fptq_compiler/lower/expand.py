@@ -1,0 +1,34 @@
+"""Give every carried operator the form of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from fptq_compiler.lower.emitter import Emitter
+from fptq_compiler.lower.targets.carried import DOMAIN
+
+Expansion = Callable[[Emitter, ir.Node], tuple[Any, ...]]
+
+
+def expand(model: ir.Model, expansions: Mapping[str, Expansion]) -> int:
+    """Replace all nodes of the domain `fptq`; gives how many there were. Done in place."""
+    graph = model.graph
+    carried = [n for n in graph if n.domain == DOMAIN]
+    shared = Emitter("shared")
+    for number, node in enumerate(carried):
+        op = Emitter(f"{node.op_type.lower()}_{number}", shared)
+        made_before = len(shared.nodes)
+        results = expansions[node.op_type](op, node)
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [*shared.nodes[made_before:], *op.nodes],
+            node.outputs, results,
+        )
+        for new, old in zip(results, node.outputs, strict=True):
+            new.shape, new.type = old.shape, old.type
+    for domain in {n.domain for n in graph.all_nodes()} - {""}:
+        model.opset_imports.setdefault(domain, 1)
+    model.opset_imports.pop(DOMAIN, None)
+    return len(carried)

@@ -1,0 +1,80 @@
+"""Operators that the exporter carries as one node, for the target to expand afterwards.
+
+torch.onnx translates a node into nodes of one graph. Some forms need more: a branch, or a value
+that all layers share. Their operators go through the exporter as they are, in the domain
+`fptq`, and `lower.expand` gives each its form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.values import Opset
+
+from fptq_compiler.lower.targets.schemas import FLOAT, INT, register
+
+DOMAIN = "fptq"
+register(
+    DOMAIN, "CachedAttention",
+    ("q", "k", "v", "past_key", "past_value", "mask", "positions", "cos?", "sin?"),
+    ("output", "present_key", "present_value"),
+    {"interleaved": INT, "heads": INT, "kv_heads": INT, "scale": FLOAT, "bits": INT,
+     "key_scale": FLOAT, "value_scale": FLOAT},
+)
+register(DOMAIN, "Positions", ("mask", "ids"), ("positions",), {})
+_fptq = Opset(DOMAIN, 1)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A carried `fptq.cached_attention`: its values, and its attributes as plain numbers."""
+
+    q: Any
+    k: Any
+    v: Any
+    past_key: Any
+    past_value: Any
+    mask: Any
+    positions: Any
+    cos: Any
+    sin: Any
+    interleaved: bool
+    heads: int
+    kv_heads: int
+    scale: float
+    bits: int
+    key_scale: float
+    value_scale: float
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Carried:
+        """Read a carried node."""
+        given: list[Any] = [*node.inputs, None, None][:9]
+        numbers: dict[str, Any] = {n: a.value for n, a in node.attributes.items()}
+        numbers["interleaved"] = bool(numbers["interleaved"])
+        return cls(*given, **numbers)
+
+    @property
+    def head(self) -> int:
+        """Channels D of a head."""
+        return int(self.past_key.shape[3]) * (2 if self.bits == 4 else 1)
+
+
+def carry_attention(
+    q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, positions: Any,
+    cos: Any, sin: Any, interleaved: bool, heads: int, kv_heads: int, scale: float, bits: int,
+    key_scale: float, value_scale: float,
+) -> Any:
+    """The emitter of `fptq.cached_attention`."""
+    return _fptq.CachedAttention(
+        q, k, v, past_key, past_value, mask, positions, cos, sin,
+        interleaved=int(interleaved), heads=heads, kv_heads=kv_heads, scale=scale, bits=bits,
+        key_scale=key_scale, value_scale=value_scale,
+    )
+
+
+def carry_positions(mask: Any, ids: Any) -> Any:
+    """The emitter of `fptq.positions`."""
+    return _fptq.Positions(mask, ids)

@@ -1,0 +1,263 @@
+"""Give a graph that sees whole sequences a KV cache: past in, present out.
+
+    before  logits = f(input_ids)
+    after   logits, present = f(input_ids, attention_mask, past)
+
+Every attention becomes `fptq.cached_attention` on the projections' own layout (B, S, H·D); RoPE
+goes into it as a table of angles by absolute position, read off the graph by evaluating it.
+Positions are counted by the attention mask, so that padding on either side does not move them.
+What else depends on the position (the static factor of the first token) reads the same counts.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch.fx import Node
+
+from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph.pipeline import Pass, PassResult
+from fptq_compiler.graph.probe import Probe, Refusal
+from fptq_compiler.graph.program import InputSpec, Program, source_line
+from fptq_compiler.graph.rotary import HeadMap, Rotary, head_map, rotary_table
+from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
+from fptq_compiler.passes.cache_proof import Proof
+from fptq_compiler.passes.linears import MOVES
+
+aten = torch.ops.aten
+MASK = "attention_mask"
+FLOAT_BITS = 16
+
+
+class AddCache(Pass):
+    """Rewrite all attentions; a model that has one that cannot be rewritten is refused."""
+
+    provides = ("cached",)
+
+    def __init__(self, length: int) -> None:
+        """Take the longest sequence, past included, that the tables of angles cover."""
+        self.length = length
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite once.
+
+        Raises:
+            UnsupportedModelError: naming the node that a cache cannot follow, and why.
+        """
+        if "cached" in program.facts:
+            return PassResult(0)
+        cores = program.call_nodes(ops.attention)
+        expected = Proof.of(program)
+        probe = Probe(program.module)
+        plans = [_plan(program, probe, core, self.length) for core in cores]
+        ids = _ids(program)
+        plain = torch.empty((1, 1), dtype=torch.int64, device="meta")
+        mask = _placeholder(program, MASK, plain, ("batch", "total"))
+        first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        positions = call(program.graph, first, cache_ops.positions, (mask, ids), like=ids)
+        tables = _Tables(program)
+        presents: list[Node] = []
+        for layer, plan in enumerate(plans):
+            presents += _rewrite(program, plan, layer, mask, positions, tables)
+        (output,) = (n for n in program.graph.nodes if n.op == "output")
+        logits = output.args[0]
+        first_output = logits[0] if isinstance(logits, (tuple, list)) else logits
+        output.args = ((first_output, *presents),)
+        _follow_positions(program, ids, positions)
+        names = [f"present.{n}.{kind}" for n in range(len(plans)) for kind in ("key", "value")]
+        program.outputs = ("logits", *names)
+        program.module.recompile()
+        expected.check(program)
+        return PassResult(len(plans))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the cache holds of keys or values: their source and their static grid."""
+
+    operand: Node
+    scale: float
+    bits: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    core: Node
+    q: HeadMap
+    k: HeadMap
+    v: HeadMap
+    key: _Stored
+    value: _Stored
+    rotary: Rotary | None
+    end: Node | None
+
+
+def _plan(program: Program, probe: Probe, core: Node, length: int) -> _Plan:
+    """Read one attention; nothing is changed yet."""
+    q, k, v, mask, causal, _ = core.args
+    assert isinstance(q, Node)
+    assert isinstance(k, Node)
+    assert isinstance(v, Node)
+    if mask is not None or not causal:
+        _refuse(core, "its mask is not the plain causal one")
+    key, value = _stored(k), _stored(v)
+    heads = [_head_map(probe, x) for x in (q, key.operand, value.operand)]
+    of_q = _table(program, probe, heads[0], q, length)
+    of_k = _table(program, probe, heads[1], key.operand, length)
+    if (of_q is None) != (of_k is None) or (of_q and of_k and not of_q.equals(of_k)):
+        _refuse(core, "queries and keys are not rotated alike")
+    if heads[2].layout.style != "none":
+        _refuse(value.operand, "the values are rotated")
+    return _Plan(core, heads[0], heads[1], heads[2], key, value, of_q, _merge_end(probe, core))
+
+
+def _head_map(probe: Probe, operand: Node) -> HeadMap:
+    found = head_map(probe, operand)
+    if isinstance(found, Refusal):
+        _refuse(found.node or operand, found.reason)
+    return found
+
+
+def _table(
+    program: Program, probe: Probe, mapped: HeadMap, operand: Node, length: int
+) -> Rotary | None:
+    found = rotary_table(program.module, probe, mapped, operand, length)
+    if isinstance(found, Refusal):
+        _refuse(found.node or operand, found.reason)
+    return found
+
+
+def _refuse(node: Node, reason: str) -> NoReturn:
+    source = source_line(node)
+    message = (
+        f"--kv-cache: attention at {node.name} cannot be given a cache: {reason}"
+        f"{f' ({source})' if source else ''}. Compile without --kv-cache."
+    )
+    raise UnsupportedModelError(message)
+
+
+def _stored(operand: Node) -> _Stored:
+    """Look behind the quantiser, whose grid must be symmetric: that is what a cache holds."""
+    if operand.target is not ops.fake_quantize:
+        return _Stored(operand, 1.0, FLOAT_BITS)
+    source, scale, zero_point, bits, _ = operand.args
+    assert isinstance(source, Node)
+    assert isinstance(scale, float)
+    assert isinstance(bits, int)
+    if zero_point != 1 << (bits - 1):
+        _refuse(operand, f"its zero-point is {zero_point}, expected {1 << (bits - 1)} (symmetric)")
+    return _Stored(source, scale, bits)
+
+
+class _Tables:
+    """The tables of angles, one for all layers that rotate alike."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._known: list[tuple[str, Rotary]] = []
+
+    def nodes(self, before: Node, rotary: Rotary) -> tuple[Node, Node]:
+        """`get_attr` nodes of the cosines and sines."""
+        name = next((n for n, r in self._known if r.equals(rotary)), None)
+        module = self._program.module
+        if name is None:
+            name = f"rotary.{len(self._known)}"
+            self._known.append((name, rotary))
+            set_parameter(module, f"{name}.cos", rotary.cos)
+            set_parameter(module, f"{name}.sin", rotary.sin)
+        graph = self._program.graph
+        return (
+            get_parameter(graph, before, f"{name}.cos", rotary.cos),
+            get_parameter(graph, before, f"{name}.sin", rotary.sin),
+        )
+
+
+def _rewrite(
+    program: Program, plan: _Plan, layer: int, mask: Node, positions: Node, tables: _Tables
+) -> list[Node]:
+    """Replace one core; gives its present key and value."""
+    graph, core, bits = program.graph, plan.core, plan.key.bits
+    kv_heads = plan.k.heads
+    width = int(plan.key.operand.meta["val"].shape[3]) // (2 if bits == 4 else 1)
+    plain = torch.empty(
+        (1, kv_heads, 0, width), dtype=cache_ops.CACHE_DTYPES[bits], device="meta"
+    )
+    dims = ("batch", kv_heads, "past", width)
+    past = [
+        _placeholder(program, f"past_key_values.{layer}.{kind}", plain, dims)
+        for kind in ("key", "value")
+    ]
+    table: tuple[Node | None, Node | None] = (None, None)
+    interleaved = False
+    if plan.rotary is not None:
+        table, interleaved = tables.nodes(core, plan.rotary), plan.rotary.interleaved
+    arguments = (
+        plan.q.source, plan.k.source, plan.v.source, *past, mask, positions, *table, interleaved,
+        plan.q.heads, kv_heads, core.args[5], bits, plan.key.scale, plan.value.scale,
+    )
+    cached = call(graph, core, cache_ops.cached_attention, arguments, like=None)
+    merged, *present = [call(graph, core, operator.getitem, (cached, i), like=None)
+                        for i in range(3)]
+    merged.meta["val"] = plan.q.source.meta["val"]
+    _replace_core(plan, merged)
+    return present
+
+
+def _replace_core(plan: _Plan, merged: Node) -> None:
+    """Readers of the heads read `merged` (B, S, H·D)."""
+    core = plan.core
+    if plan.end is not None:
+        replace(plan.end, merged)
+        return
+    heads = plan.q.heads
+    split = call(core.graph, core, cache_ops.split_heads, (merged, heads), like=None)
+    replace(core, call(core.graph, core, aten.transpose.int, (split, 1, 2), like=core))
+
+
+def _merge_end(probe: Probe, core: Node) -> Node | None:
+    """The node behind the core that holds its heads side by side, through moves only."""
+    node = core
+    while True:
+        readers = [r for r in node.users if r.target is not aten.sym_size.int]
+        if len(readers) != 1 or readers[0].target not in MOVES:
+            return None
+        node = readers[0]
+        if probe.is_head_merge(core, node):
+            return node
+
+
+def _ids(program: Program) -> Node:
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    if len(inputs) != 1:
+        _refuse(inputs[-1], "the model has further inputs; export it with token ids only")
+    ids: Node = inputs[0]
+    return ids
+
+
+def _placeholder(
+    program: Program, name: str, value: torch.Tensor, dims: tuple[int | str, ...]
+) -> Node:
+    """A new input behind the others; `value` is a meta tensor of its plain shape."""
+    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        node: Node = program.graph.placeholder(name.replace(".", "_"))
+    node.meta["val"] = value
+    program.inputs = (*program.inputs, InputSpec(name, value.dtype, dims))
+    return node
+
+
+def _follow_positions(program: Program, ids: Node, positions: Node) -> None:
+    """What still counts positions from 0 counts as the mask does."""
+    program.graph.eliminate_dead_code()
+    for node in list(program.graph.nodes):
+        if node.target is not aten.arange.default or node is positions:
+            continue
+        length = node.args[0]
+        counts = isinstance(length, Node) and length.args == (ids, 1)
+        if not counts or length.target is not aten.sym_size.int:
+            _refuse(node, "it counts something that is not the positions of the input")
+        replace(node, positions)
