@@ -20,6 +20,7 @@ from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_online import FreezeOnline
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
+from fptq_compiler.passes.pack_projections import PackProjections
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
 from fptq_compiler.progress import Progress
@@ -144,7 +145,10 @@ def cache(
     """
     length = recipe.cache.max_length or min(context or LONGEST_CACHE, LONGEST_CACHE)
     with report.stage("add cache"):
-        _run(program, (AddCache(length),), None, dump_dir)
+        steps: list[Pass] = [AddCache(length)]
+        if recipe.target == "ort-cpu":
+            steps.append(PackProjections())
+        _run(program, tuple(steps), None, dump_dir)
     return length
 
 

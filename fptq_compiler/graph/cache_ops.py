@@ -2,6 +2,7 @@
 
     positions         attention mask (B, T), ids (B, S)            -> (B, S) int64
     cached_attention  q (B, S, H·D), k v (B, S, H_kv·D), past      -> (B, S, H·D), present k, v
+                      or all three side by side in q
 
 A cache holds keys after RoPE: float (B, H_kv, P, D), codes in INT8 of the same shape, or 4-bit
 codes plus 8, two in a UINT8 along D, the even channel in the low half. That is what
@@ -80,8 +81,8 @@ class CachedAttention:
     """The arguments of `fptq.cached_attention`, and what follows from them."""
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
     past_key: Tensor
     past_value: Tensor
     mask: Tensor
@@ -96,10 +97,22 @@ class CachedAttention:
     key_scale: float
     value_scale: float
 
+    def projections(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
+        if self.k is not None and self.v is not None:
+            return (
+                split_heads(self.q, self.heads),
+                split_heads(self.k, self.kv_heads),
+                split_heads(self.v, self.kv_heads),
+            )
+        all_heads = split_heads(self.q, self.heads + 2 * self.kv_heads)
+        q, k, v = all_heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        return q, k, v
+
     def new_values(self) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values of this run, each (B, H_kv, S, D), before they are stored."""
-        key = self._rotated(split_heads(self.k, self.kv_heads))
-        return key.transpose(1, 2), split_heads(self.v, self.kv_heads).transpose(1, 2)
+        _, k, v = self.projections()
+        return self._rotated(k).transpose(1, 2), v.transpose(1, 2)
 
     def present(self) -> tuple[Tensor, Tensor]:
         """What the cache holds after this run."""
@@ -111,7 +124,7 @@ class CachedAttention:
 
     def attend(self, present_key: Tensor, present_value: Tensor) -> Tensor:
         """(B, S, H·D) from all that is stored."""
-        q = self._rotated(split_heads(self.q, self.heads)).transpose(1, 2)
+        q = self._rotated(self.projections()[0]).transpose(1, 2)
         mixed = attention_reference(
             q,
             decode(present_key, self.key_scale, self.bits, q.dtype),
@@ -148,11 +161,14 @@ def visible(mask: Tensor, queries: int) -> Tensor:
 
 
 def _fake_cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, past_key: Tensor, past_value: Tensor, *rest: Any
+    q: Tensor, k: Tensor | None, v: Tensor | None, past_key: Tensor, past_value: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, kv_heads, past, width = past_key.shape
-    shape = (batch, kv_heads, past + k.shape[1], width)
-    return torch.empty_like(q), past_key.new_empty(shape), past_value.new_empty(shape)
+    shape = (batch, kv_heads, past + q.shape[1], width)
+    heads = rest[5]
+    channels = q.shape[2] if k is not None else q.shape[2] // (heads + 2 * kv_heads) * heads
+    return q.new_empty((*q.shape[:2], channels)), past_key.new_empty(shape), past_value.new_empty(shape)
 
 
 _positions_op = torch.library.custom_op(
@@ -164,7 +180,7 @@ _cached_attention_op = torch.library.custom_op(
     _cached_attention,
     mutates_args=(),
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, Tensor mask, "
+        "(Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor mask, "
         "Tensor positions, Tensor? cos, Tensor? sin, bool interleaved, int heads, int kv_heads, "
         "float scale, int bits, float key_scale, float value_scale) -> (Tensor, Tensor, Tensor)"
     ),

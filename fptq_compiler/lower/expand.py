@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets.carried import DOMAIN
@@ -31,4 +32,5 @@ def expand(model: ir.Model, expansions: Mapping[str, Expansion]) -> int:
     for domain in {n.domain for n in graph.all_nodes()} - {""}:
         model.opset_imports.setdefault(domain, 1)
     model.opset_imports.pop(DOMAIN, None)
+    RemoveUnusedNodesPass()(model)
     return len(carried)

@@ -135,12 +135,24 @@ def split_heads(op: Emitter, x: Any, heads: int, head: int) -> Any:
     return op.Reshape(x, op.ints(0, 0, heads, head))
 
 
+def projections(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
+    """q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
+    counts = (given.heads, given.kv_heads, given.kv_heads)
+    if given.k is None:
+        together = split_heads(op, given.q, sum(counts), given.head)
+        found: tuple[Any, Any, Any] = op.make(
+            "Split", together, op.ints(*counts), outputs=3, axis=2
+        )
+        return found
+    values = zip((given.q, given.k, given.v), counts, strict=True)
+    q, k, v = (split_heads(op, value, count, given.head) for value, count in values)
+    return q, k, v
+
+
 def plain_attention(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
     """`fptq.cached_attention` in standard operators: output, present key and value."""
     head, bits = given.head, given.bits
-    q = split_heads(op, given.q, given.heads, head)
-    k = split_heads(op, given.k, given.kv_heads, head)
-    v = split_heads(op, given.v, given.kv_heads, head)
+    q, k, v = projections(op, given)
     if given.cos is not None:
         cos, sin = (
             op.once(("angles", t.name), partial(angles, table=t, positions=given.positions))

@@ -18,7 +18,7 @@ from fptq_compiler.lower.targets.schemas import FLOAT, INT, register
 DOMAIN = "fptq"
 register(
     DOMAIN, "CachedAttention",
-    ("q", "k", "v", "past_key", "past_value", "mask", "positions", "cos?", "sin?"),
+    ("q", "k?", "v?", "past_key", "past_value", "mask", "positions", "cos?", "sin?"),
     ("output", "present_key", "present_value"),
     {"interleaved": INT, "heads": INT, "kv_heads": INT, "scale": FLOAT, "bits": INT,
      "key_scale": FLOAT, "value_scale": FLOAT},

@@ -2,23 +2,34 @@
 
 For one token, attention is com.microsoft.GroupQueryAttention with RoPE and cache inside. For more
 it is the standard form: with a quantised cache that kernel is four times slower there, and it
-takes no batch of chunks.
+takes no batch of chunks. A quantised linear is com.microsoft.MatMulIntegerToFloat, which adds the
+bias that the fusion of QDQ leaves outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
+from onnxscript import opset21 as opset
+from onnxscript.values import Opset
 
+from fptq_compiler.graph import ops
+from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets import Target, qdq
 from fptq_compiler.lower.targets.cache import bias_of, plain_attention
 from fptq_compiler.lower.targets.carried import Carried
+from fptq_compiler.lower.targets.schemas import register
 
 CONTRIB = "com.microsoft"
 ALIGNED = 16  # channels: the fused kernel refuses other head sizes
+register(
+    CONTRIB, "MatMulIntegerToFloat",
+    ("A", "B", "a_scale", "b_scale", "a_zero_point?", "b_zero_point?", "bias?"), ("Y",), {},
+)
+contrib = Opset(CONTRIB, 1)
 INT32 = ir.DataType.INT32.value
 
 
@@ -78,9 +89,34 @@ def _lengths(op: Emitter, given: Carried) -> tuple[Any, Any]:
     return last, op.Cast(op.Squeeze(total), to=INT32)
 
 
+def _integer_linear(
+    x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, *, forms: qdq.Forms
+) -> Any:
+    """MatMulIntegerToFloat with its bias inside; what has no integer kernel as in `qdq`."""
+    quantized = x.producer()
+    takes = forms.integer_linears or (bits == 8 and not block and forms.quantized_activations)
+    if not takes or quantized is None or quantized.op_type != "DequantizeLinear":
+        return qdq.linear(x, codes, scale, bias, bits, block, forms=forms)
+    wide = opset.Cast(opset.Cast(codes, to=qdq.INT4), to=qdq.INT8) if bits == 4 else codes
+    activation, step, zero_point = quantized.inputs
+    return contrib.MatMulIntegerToFloat(
+        activation, wide, step, scale, zero_point, None, bias
+    )
+
+
+def translations(program: Program) -> dict[Any, Callable[..., Any]]:
+    """The emitters by operator, for torch.onnx.export's custom_translation_table."""
+    forms = qdq.forms_of(program)
+
+    def emit_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
+        return _integer_linear(x, codes, scale, bias, bits, block, forms=forms)
+
+    return qdq.translations(program) | {ops.linear: emit_linear}
+
+
 TARGET = Target(
     "ort-cpu",
-    qdq.translations,
+    translations,
     qdq.EXPANSIONS | {"CachedAttention": cached_attention},
     session_config=qdq.TARGET.session_config,
 )
