@@ -1,11 +1,13 @@
 """Write the online Hadamards as reshapes and small matmuls on factors that all layers share.
 
 A Hadamard of order 1,536 is two matmuls of order 48 and 32, never a dense 1,536 x 1,536 product,
-and its factors stand in the file once for the whole model.
+and its factors stand in the file once for the whole model. What comes out has its channels in
+another order, and the inputs of the linear behind it are put into the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -22,22 +24,35 @@ from fptq_compiler.graph.surgery import (
     replace,
     set_parameter,
 )
+from fptq_compiler.passes.linears import is_linear
 from fptq_compiler.transforms import Hadamard
 
 
 def mix(x: Tensor, signs: Tensor | None, *factors: Tensor) -> Tensor:
-    """Give x (..., n) times diag(signs) (1 ⊗ F1 ⊗ F2 …), each factor on its own axis."""
-    shape = x.shape
+    """Give x (..., n) times diag(signs) (1 ⊗ F1 ⊗ F2 …), the channels in the order of `mixed`.
+
+    Every factor is multiplied on the last axis, where it is one plain matmul; the axes turn
+    between two of them and are not turned back.
+    """
+    shape, width = x.shape, prod(f.shape[0] for f in factors)
     y = x if signs is None else x * signs
-    after = prod(f.shape[0] for f in factors)
-    for factor in factors:
+    for index, factor in enumerate(reversed(factors)):
+        if index:
+            y = y.transpose(1, 2)
         order = factor.shape[0]
-        after //= order
-        if after == 1:
-            y = y.reshape(-1, order) @ factor
-        else:
-            y = factor.t() @ y.reshape(-1, order, after)
+        y = y.reshape(-1, width // order, order) @ factor
     return y.reshape(shape)
+
+
+def mixed(size: int, orders: Sequence[int]) -> Tensor:
+    """(size,): which channel of the product stands at each place of what `mix` gives."""
+    width = prod(orders)
+    index = torch.arange(size).reshape(-1, *orders)
+    axes = list(range(1, len(orders) + 1))
+    for _ in orders[1:]:
+        axes = [axes[-1], *axes[:-1]]
+    assert size % width == 0
+    return index.permute(0, *axes).reshape(size)
 
 
 class FreezeOnline(Pass):
@@ -56,6 +71,7 @@ class FreezeOnline(Pass):
             edge = program.module.get_submodule(str(node.target))
             if not isinstance(edge, OnlineEdge) or not isinstance(edge.transform, Hadamard):
                 continue
+            _reorder_readers(program, node, mixed(edge.transform.size, edge.transform.orders))
             _freeze(program, node, edge.transform)
             changed += 1
         return PassResult(changed)
@@ -70,6 +86,17 @@ def _freeze(program: Program, node: Node, transform: Hadamard) -> None:
     if not bool((transform.signs == 1).all()):
         signs = _shared(program, node, f"online.signs_{node.name}", transform.signs)
     replace(node, call(program.graph, node, mix, (node.args[0], signs, *factors), like=node))
+
+
+@torch.no_grad()
+def _reorder_readers(program: Program, node: Node, order: Tensor) -> None:
+    """Put the input channels of every linear behind `node` into this order."""
+    for reader in node.users:
+        weight = reader.args[1] if is_linear(reader) else None
+        assert isinstance(weight, Node), f"{reader.name} reads an online map, expected a linear"
+        name = str(weight.target)
+        value = program.parameter(name)
+        value.copy_(value[:, order.to(value.device)])
 
 
 def _shared(program: Program, before: Node, name: str, value: Tensor) -> Node:

@@ -40,7 +40,7 @@ def _alike(parts: list[Node]) -> bool:
     if any(p.target is not ops.linear or len(p.users) != 1 for p in parts):
         return False
     settings = {(p.args[0], p.args[4], p.args[5]) for p in parts}
-    return len(settings) == 1 and parts[0].args[5] == 0
+    return len(settings) == 1 and not parts[0].args[5]
 
 
 @torch.no_grad()

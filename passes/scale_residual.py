@@ -1,21 +1,24 @@
 """S_n: carry the normalised residual, and scale every branch by the same per-token factor.
 
-    r_n = 1 / sqrt(mean(Z̃_n²) + ε S_{n-1}²)     S_n = S_{n-1} r_n     Ẑ_n = r_n Z̃_n
+    r_n² = d / (Σ Z̃_n² + e_{n-1})               S_n = S_{n-1} r_n     Ẑ_n = r_n Z̃_n
     Z̃_{n+1} = Ẑ_n + S_n F_n(Ẑ_n)                                       (arXiv 2506.04985)
 
-Every norm becomes r_n and its product with the stream, which also replaces the stream in the
-addition. S_n multiplies the branch at the input of its last linear (so that the quantiser there
-sees the calm tensor), or at its output where `places` leaves that linear out. The bias of that
-linear is scaled too: the linear loses it and S_n b is added. All in float32 at least.
+where e_n = ε d S_n² is carried along as e_n = e_{n-1} r_n², and d is the width. Every norm
+becomes r_n and its product with the stream, which also replaces the stream in the addition. S_n
+multiplies the branch at the input of its last linear (so that the quantiser there sees the calm
+tensor), or at its output where `places` leaves that linear out. The bias of that linear is scaled
+too: the linear loses it and S_n b is added. All in float32 at least.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import call, replace
@@ -40,12 +43,13 @@ class ScaleResidual(Pass):
         nodes = {n.name: n for n in program.graph.nodes}
         attention = {s.o.node for s in program.sites.attention if s.o is not None}
         stream = nodes[site.stream[0]]
-        S: Node | None = None
+        S: _Scale | None = None
         for branch in site.branches:
             norm, addition = nodes[branch.norm], nodes[branch.add]
             normalized, S = _normalize(stream, norm, S)
             place = "o_proj" if branch.writer.node in attention else "down_proj"
-            scaled = _scale_branch(nodes[branch.writer.node], S, at_input=place in self.places)
+            writer = nodes[branch.writer.node]
+            scaled = _scale_branch(writer, S.factor, at_input=place in self.places)
             following = call(
                 program.graph, addition, aten.add.Tensor, (normalized, scaled), like=addition,
                 name=f"{branch.add}_scaled",
@@ -57,25 +61,33 @@ class ScaleResidual(Pass):
         return PassResult(len(site.norms))
 
 
-def _normalize(stream: Node, norm: Node, S: Node | None) -> tuple[Node, Node]:
-    """Ẑ_n in place of `norm`, and S_n (B, S, 1)."""
+@dataclass(frozen=True)
+class _Scale:
+    """S_n and e_n = ε d S_n², each (B, S, 1)."""
+
+    factor: Node
+    error: Node
+
+
+def _normalize(stream: Node, norm: Node, previous: _Scale | None) -> tuple[Node, _Scale]:
+    """Ẑ_n in place of `norm`, and what the next one needs."""
     graph, epsilon = norm.graph, norm.args[2]
+    width = int(norm.meta["val"].shape[-1])
+    assert isinstance(epsilon, float)
 
     def emit(target: object, *args: object) -> Node:
         return call(graph, norm, target, args, like=None)  # type: ignore[arg-type]
 
-    square = emit(aten.mul.Tensor, stream, stream)
-    mean = emit(aten.mean.dim, square, [-1], True)
-    if S is None:
-        shifted = emit(aten.add.Tensor, mean, epsilon)
-    else:
-        shift = emit(aten.mul.Tensor, emit(aten.mul.Tensor, S, S), epsilon)
-        shifted = emit(aten.add.Tensor, mean, shift)
-    r = emit(aten.rsqrt.default, shifted)
-    following = r if S is None else emit(aten.mul.Tensor, S, r)
+    total = emit(ops.sum_of_squares, stream)
+    error = epsilon * width if previous is None else previous.error
+    inverse = emit(aten.reciprocal.default, emit(aten.add.Tensor, total, error))
+    square = emit(aten.mul.Tensor, inverse, float(width))
+    r = emit(aten.sqrt.default, square)
+    factor = r if previous is None else emit(aten.mul.Tensor, previous.factor, r)
+    following = emit(aten.mul.Tensor, square, error)
     normalized = call(graph, norm, aten.mul.Tensor, (stream, r), like=norm)
     replace(norm, normalized)
-    return normalized, following
+    return normalized, _Scale(factor, following)
 
 
 def _scale_branch(writer: Node, S: Node, *, at_input: bool) -> Node:

@@ -98,7 +98,7 @@ class CachedAttention:
     value_scale: float
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
+        """Q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
         if self.k is not None and self.v is not None:
             return (
                 split_heads(self.q, self.heads),
@@ -106,7 +106,8 @@ class CachedAttention:
                 split_heads(self.v, self.kv_heads),
             )
         all_heads = split_heads(self.q, self.heads + 2 * self.kv_heads)
-        q, k, v = all_heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
+        counts = [self.heads, self.kv_heads, self.kv_heads]
+        q, k, v = torch.split(all_heads, counts, 2)
         return q, k, v
 
     def new_values(self) -> tuple[Tensor, Tensor]:
@@ -168,7 +169,8 @@ def _fake_cached_attention(
     shape = (batch, kv_heads, past + q.shape[1], width)
     heads = rest[5]
     channels = q.shape[2] if k is not None else q.shape[2] // (heads + 2 * kv_heads) * heads
-    return q.new_empty((*q.shape[:2], channels)), past_key.new_empty(shape), past_value.new_empty(shape)
+    mixed = q.new_empty((*q.shape[:2], channels))
+    return mixed, past_key.new_empty(shape), past_value.new_empty(shape)
 
 
 _positions_op = torch.library.custom_op(

@@ -4,6 +4,7 @@ Each is a torch.library operator with a reference kernel, a fake kernel (the sam
 fake tensors) and a backward that recomputes the reference. Later passes and every lowering target
 see these and not the dozen spellings that stand in exported models.
 
+    sum_of_squares  x (..., d)                                     -> (..., 1)
     rms_norm        x (..., d), gain (d,) or None                 -> (..., d)
     attention       q (B, H, S, D), k v (B, H_kv, T, D), mask      -> (B, H, S, D)
     fake_quantize   x any shape, scalar scale and zero-point       -> x's shape
@@ -34,6 +35,10 @@ def _rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
     inverse = torch.rsqrt(statistics.square().mean(-1, keepdim=True) + epsilon)
     normalized = (statistics * inverse).to(x.dtype)
     return normalized if gain is None else normalized * gain
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return wide(x).square().sum(-1, keepdim=True)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -125,6 +130,7 @@ def _define(name: str, schema: str, reference: Callable[..., Tensor]) -> Any:
     return getattr(torch.ops.fptq, name).default
 
 
+sum_of_squares = _define("sum_of_squares", "(Tensor x) -> Tensor", _sum_of_squares)
 rms_norm = _define(
     "rms_norm", "(Tensor x, Tensor? gain, float epsilon) -> Tensor", _rms_norm
 )

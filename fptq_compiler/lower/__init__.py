@@ -57,6 +57,7 @@ def lower(
         with report.stage("lower"):
             model = to_onnx(program, target)
             expand(model, target.expansions)
+            model.opset_imports[""] = target.opset
             pack_int4(model)
             report.audit = audit(program, model, recipe.bits.weights)
             save(model, staged, _metadata(program, report, recipe), target.ir_version)

@@ -14,6 +14,7 @@ from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets import Target
 
+EXPORTED_OPSET = 21  # the exporter turns nothing into operators of a later opset by itself
 EXAMPLE_PAST = 3  # tokens: torch.export takes sizes 0 and 1 for constants
 
 
@@ -40,7 +41,7 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
             found = torch.onnx.export(
                 exported,
                 (),
-                opset_version=target.opset,
+                opset_version=EXPORTED_OPSET,
                 optimize=False,
                 verbose=False,
                 input_names=[s.name for s in program.inputs],

@@ -25,25 +25,27 @@ rms_norm_default_1 = fptq.rms_norm(add_2, None, 1e-05)
 """
 
 FIRST_NORM = """
-mul_tensor = mul(embedding, embedding)
-mean_dim = mean.dim(mul_tensor, [-1], True)
-add_tensor = add(mean_dim, 1e-05)
-rsqrt_default = rsqrt(add_tensor)
-mul_tensor_1 = mul(embedding, rsqrt_default)
+sum_of_squares_default = fptq.sum_of_squares(embedding)
+add_tensor = add(sum_of_squares_default, 0.00024000000000000003)
+reciprocal_default = reciprocal(add_tensor)
+mul_tensor = mul(reciprocal_default, 24.0)
+sqrt_default = sqrt(mul_tensor)
+mul_tensor_1 = mul(mul_tensor, 0.00024000000000000003)
+mul_tensor_2 = mul(embedding, sqrt_default)
 """
 
 BRANCH_AND_SECOND_NORM = """
-mul_tensor_2 = mul(flatten, rsqrt_default)
-linear_3 = linear(mul_tensor_2, %model.layers.0.self_attn.o_proj.weight)
-add_2_scaled = add(mul_tensor_1, linear_3)
-mul_tensor_3 = mul(add_2_scaled, add_2_scaled)
-mean_dim_1 = mean.dim(mul_tensor_3, [-1], True)
-mul_tensor_4 = mul(rsqrt_default, rsqrt_default)
-mul_tensor_5 = mul(mul_tensor_4, 1e-05)
-add_tensor_1 = add(mean_dim_1, mul_tensor_5)
-rsqrt_default_1 = rsqrt(add_tensor_1)
-mul_tensor_6 = mul(rsqrt_default, rsqrt_default_1)
-mul_tensor_7 = mul(add_2_scaled, rsqrt_default_1)
+mul_tensor_3 = mul(flatten, sqrt_default)
+linear_3 = linear(mul_tensor_3, %model.layers.0.self_attn.o_proj.weight)
+add_2_scaled = add(mul_tensor_2, linear_3)
+sum_of_squares_default_1 = fptq.sum_of_squares(add_2_scaled)
+add_tensor_1 = add(sum_of_squares_default_1, mul_tensor_1)
+reciprocal_default_1 = reciprocal(add_tensor_1)
+mul_tensor_4 = mul(reciprocal_default_1, 24.0)
+sqrt_default_1 = sqrt(mul_tensor_4)
+mul_tensor_5 = mul(sqrt_default, sqrt_default_1)
+mul_tensor_6 = mul(mul_tensor_4, mul_tensor_1)
+mul_tensor_7 = mul(add_2_scaled, sqrt_default_1)
 """
 
 
@@ -52,16 +54,16 @@ def test_text() -> None:
     before = pick(program, "rms_norm_default", "linear_3", "add_2", "rms_norm_default_1")
     assert before == BEFORE
     assert run(program, ScaleResidual()).changed == 3
-    assert span(program, "mul_tensor", "mul_tensor_1") == FIRST_NORM
-    assert span(program, "mul_tensor_2", "mul_tensor_7") == BRANCH_AND_SECOND_NORM
+    assert span(program, "sum_of_squares_default", "mul_tensor_2") == FIRST_NORM
+    assert span(program, "mul_tensor_3", "mul_tensor_7") == BRANCH_AND_SECOND_NORM
     assert program.scaled
 
 
 BIASED = """
-linear_3 = linear(mul_tensor_2, %model.layers.0.self_attn.o_proj.weight)
-mul_tensor_3 = mul(rsqrt_default, %model.layers.0.self_attn.o_proj.bias)
-add_tensor_1 = add(linear_3, mul_tensor_3)
-add_2_scaled = add(mul_tensor_1, add_tensor_1)
+linear_3 = linear(mul_tensor_3, %model.layers.0.self_attn.o_proj.weight)
+mul_tensor_4 = mul(sqrt_default, %model.layers.0.self_attn.o_proj.bias)
+add_tensor_1 = add(linear_3, mul_tensor_4)
+add_2_scaled = add(mul_tensor_2, add_tensor_1)
 """
 
 
@@ -72,8 +74,8 @@ def test_a_bias_is_scaled_too() -> None:
 
 AT_THE_OUTPUT = """
 linear_3 = linear(flatten, %model.layers.0.self_attn.o_proj.weight)
-mul_tensor_2 = mul(linear_3, rsqrt_default)
-add_2_scaled = add(mul_tensor_1, mul_tensor_2)
+mul_tensor_3 = mul(linear_3, sqrt_default)
+add_2_scaled = add(mul_tensor_2, mul_tensor_3)
 """
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.errors import VerificationError
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.edges import insert_map, insert_online
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
@@ -255,10 +256,10 @@ def test_s_n_with_an_unscaled_bias(bias: str) -> None:
 def _with_plain_epsilon(program: Program) -> None:
     """S_n with ε where ε S² belongs."""
     _scale(program)
-    for node in program.call_nodes(aten.mul.Tensor):
-        if node.args[1] == ONE.epsilon:
-            (addition,) = node.users
-            addition.args = (addition.args[0], ONE.epsilon)
+    for total in program.call_nodes(ops.sum_of_squares):
+        (addition,) = total.users
+        width = total.args[0].meta["val"].shape[-1]
+        addition.args = (total, ONE.epsilon * width)
 
 
 def test_s_n_with_a_plain_epsilon() -> None:

@@ -17,7 +17,7 @@ class Target:
         name: as `--target` knows it.
         translations: from a frozen program to its emitters by operator.
         expansions: the forms of carried operators by name.
-        opset: of the standard domain.
+        opset: of the standard domain, 21 or later.
         ir_version: of the file.
         providers: ONNX Runtime's execution providers, in order.
         session_config: entries of the session's configuration that the forms rely on.

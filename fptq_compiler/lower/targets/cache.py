@@ -75,7 +75,7 @@ def rotate(
 
 
 def encode(op: Emitter, x: Any, scale: float, bits: int) -> Any:
-    """Codes of (B, H_kv, S, D) as the cache holds them."""
+    """Codes of (..., D) as the cache holds them, whatever stands before the channels."""
     if bits == 16:
         return x
     low, high = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)
@@ -84,13 +84,13 @@ def encode(op: Emitter, x: Any, scale: float, bits: int) -> Any:
     if bits == 8:
         return op.Cast(codes, to=INT8)
     shifted = op.Cast(op.Sub(codes, op.float(low)), to=UINT8)
-    even = op.Slice(shifted, op.ints(0), op.ints(_END), op.ints(3), op.ints(2))
-    odd = op.Slice(shifted, op.ints(1), op.ints(_END), op.ints(3), op.ints(2))
+    even = op.Slice(shifted, op.ints(0), op.ints(_END), op.ints(-1), op.ints(2))
+    odd = op.Slice(shifted, op.ints(1), op.ints(_END), op.ints(-1), op.ints(2))
     return op.BitwiseOr(even, op.BitShift(odd, _byte(op, 4), direction="LEFT"))
 
 
 def decode(op: Emitter, cache: Any, scale: float, bits: int, head: int) -> Any:
-    """The values of a cache (B, H_kv, T, D)."""
+    """The values of codes (B, H_kv, T, D)."""
     if bits == 16:
         return cache
     if bits == 8:
@@ -136,7 +136,7 @@ def split_heads(op: Emitter, x: Any, heads: int, head: int) -> Any:
 
 
 def projections(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
-    """q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
+    """Q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
     counts = (given.heads, given.kv_heads, given.kv_heads)
     if given.k is None:
         together = split_heads(op, given.q, sum(counts), given.head)

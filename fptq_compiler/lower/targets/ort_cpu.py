@@ -1,9 +1,10 @@
 """Target `ort-cpu`: the forms of `qdq`, with ONNX Runtime's own operators where they are faster.
 
-For one token, attention is com.microsoft.GroupQueryAttention with RoPE and cache inside. For more
-it is the standard form: with a quantised cache that kernel is four times slower there, and it
-takes no batch of chunks. A quantised linear is com.microsoft.MatMulIntegerToFloat, which adds the
-bias that the fusion of QDQ leaves outside.
+linear            com.microsoft.MatMulIntegerToFloat, which adds the bias that the fusion of
+QDQ leaves outside
+cached_attention  for one token com.microsoft.GroupQueryAttention with RoPE and cache inside;
+for more Attention-23 on the decoded cache, for with a quantised cache the
+other kernel is four times slower there, and it takes no batch of chunks
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets import Target, qdq
-from fptq_compiler.lower.targets.cache import bias_of, plain_attention
+from fptq_compiler.lower.targets.cache import (
+    bias_of,
+    decode,
+    encode,
+    plain_attention,
+    split_heads,
+)
 from fptq_compiler.lower.targets.carried import Carried
 from fptq_compiler.lower.targets.schemas import register
 
@@ -43,7 +50,7 @@ def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
     single = op.once("single", lambda home: _is_single(home, given))
 
     def many(inner: Emitter) -> Sequence[Any]:
-        return plain_attention(inner, given)
+        return attention_of_many(inner, given)
 
     def one(inner: Emitter) -> Sequence[Any]:
         return fused_attention(inner, given)
@@ -53,6 +60,51 @@ def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
         then_branch=op.branch("one", one), else_branch=op.branch("many", many),
     )
     return found
+
+
+def attention_of_many(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
+    """`fptq.cached_attention` as Attention-23, on the projections' own layout (B, S, H·D).
+
+    A quantised cache is decoded in front of it, and what is new as it will be stored.
+    """
+    head, bits = given.head, given.bits
+    q, k, v = given.q, given.k, given.v
+    if k is None:
+        sizes = op.ints(given.heads * head, given.kv_heads * head, given.kv_heads * head)
+        q, k, v = op.make("Split", q, sizes, outputs=3, axis=2)
+    if given.cos is not None:
+        q, k = (
+            op.make(
+                "RotaryEmbedding", x, given.positions, given.cos, given.sin, domain=CONTRIB,
+                interleaved=int(given.interleaved), num_heads=heads,
+                rotary_embedding_dim=2 * given.cos.shape[1],
+            )
+            for x, heads in ((q, given.heads), (k, given.kv_heads))
+        )
+    past = (given.past_key, given.past_value)
+    scales = (given.key_scale, given.value_scale)
+    stored = [
+        encode(op, split_heads(op, x, given.kv_heads, head), scale, bits)
+        for x, scale in zip((k, v), scales, strict=True)
+    ]
+    if bits < 16:
+        k, v = (
+            op.Reshape(decode(op, x, scale, bits, head), op.ints(0, 0, given.kv_heads * head))
+            for x, scale in zip(stored, scales, strict=True)
+        )
+        past = tuple(
+            decode(op, x, scale, bits, head) for x, scale in zip(past, scales, strict=True)
+        )
+    mixed, *present = op.make(
+        "Attention", q, k, v, bias_of(op, given), *past, outputs=3,
+        q_num_heads=given.heads, kv_num_heads=given.kv_heads, scale=given.scale,
+    )
+    if bits < 16:
+        present = [
+            op.Concat(before, op.Transpose(x, perm=[0, 2, 1, 3]), axis=2)
+            for before, x in zip((given.past_key, given.past_value), stored, strict=True)
+        ]
+    return mixed, present[0], present[1]
 
 
 def _is_single(op: Emitter, given: Carried) -> Any:
@@ -118,5 +170,6 @@ TARGET = Target(
     "ort-cpu",
     translations,
     qdq.EXPANSIONS | {"CachedAttention": cached_attention},
+    opset=23,
     session_config=qdq.TARGET.session_config,
 )

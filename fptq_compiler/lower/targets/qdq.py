@@ -46,6 +46,11 @@ def rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
     return normalized if gain is None else op.Mul(normalized, gain)
 
 
+def sum_of_squares(x: Any) -> Any:
+    """Give the sum of the squares along the last axis, which is kept."""
+    return op.ReduceSumSquare(x, op.Constant(value_ints=[-1]), keepdims=1)
+
+
 def fake_quantize(
     x: Any, scale: float, zero_point: int, bits: int, role: str, *, forms: Forms
 ) -> Any:
@@ -187,6 +192,7 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
         cache_ops.positions: carry_positions,
         cache_ops.cached_attention: carry_attention,
         torch.ops.aten.relu.default: relu,
+        ops.sum_of_squares: sum_of_squares,
         ops.rms_norm: rms_norm,
         ops.fake_quantize: emit_fake_quantize,
         ops.embedding: embedding,
