@@ -92,6 +92,7 @@ def test_a_plain_export_of_a_user(name: str, tmp_path: Path) -> None:
     check_decoding(path, lambda ids: model(ids).logits.numpy(), VOCABULARY)
 
 
+@pytest.mark.slow
 def test_a_folder_with_text_ends_and_context(stories: Path, tmp_path: Path) -> None:
     """stories260K, trained: heads of 8 channels, 8 of queries to 4 of keys."""
     path = tmp_path / "model.onnx"

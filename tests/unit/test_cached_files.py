@@ -209,23 +209,24 @@ def test_ort_cpu_has_a_fused_kernel_for_one_token(toy: Compile, bits: str) -> No
     assert len(found) == 2
     for one, many in found:
         assert [n.op_type for n in one.node if n.op_type != "Constant"] == ["GroupQueryAttention"]
-        assert {"MatMul", "Softmax", "Concat"} <= {n.op_type for n in many.node}
+        assert "GroupQueryAttention" not in {n.op_type for n in many.node}
+        assert {"MatMul", "Attention"} & {n.op_type for n in many.node}
     opsets = {o.domain: o.version for o in compiled.model.opset_import}
-    assert opsets[""] == 21
     assert opsets["com.microsoft"] == 1
     counts = node_counts(compiled)
-    assert (counts["If"], counts["GroupQueryAttention"], counts["Softmax"]) == (2, 2, 2)
+    assert (counts["If"], counts["GroupQueryAttention"]) == (2, 2)
 
 
 @pytest.mark.parametrize("bits", [FLOAT, *QUANTISED])
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_of_the_linears(toy: Compile, target: str, bits: str) -> None:
-    """As without a cache: seven linears a layer and the head."""
+    """Seven linears a layer, or five where query, key and value are one, and the head."""
     counts = node_counts(toy(target, bits))
-    integer = 15 if bits in ("4-8-8", "4-4-4") else 0
+    linears = {"qdq": 14, "ort-cpu": 10}[target]
+    integer = linears + 1 if bits in ("4-8-8", "4-4-4") else 0
     assert counts.get("MatMulIntegerToFloat", 0) == integer
     # INT8, the head's bits, has no fast weight-only kernel.
-    assert counts.get("MatMulNBits", 0) == (14 if bits == "4-16-8" else 0)
+    assert counts.get("MatMulNBits", 0) == (linears if bits == "4-16-8" else 0)
 
 
 @pytest.mark.parametrize("bits", [FLOAT, *QUANTISED])
@@ -242,7 +243,8 @@ def test_layers_share_masks_and_angles(toy: Compile, target: str) -> None:
     counted = [n.op_type for n in nodes]
     assert counted.count("Range") == counted.count("CumSum") == 1
     tables = [n for n in nodes if n.op_type == "Gather" and n.input[0].startswith("rotary.")]
-    assert len(tables) == 2
+    assert len(tables) in (0, 2)  # none where the operators of the branches read the tables
+    assert (len(tables) == 2) or target == "ort-cpu"
     names = [name for n in nodes for name in n.output]
     assert len(names) == len(set(names))
 
@@ -300,8 +302,8 @@ def test_other_heads_on_ort_cpu(toy: Compile, name: str) -> None:
     config, fused = FORMS[name]
     compiled = toy("ort-cpu", FLOAT, config)
     assert (len(branches(compiled.model)) == 1) == fused
-    domains = {n.domain for n in every_node(compiled.model.graph)}
-    assert domains == ({"", "com.microsoft"} if fused else {""})
+    kernels = {n.op_type for n in every_node(compiled.model.graph)}
+    assert ("GroupQueryAttention" in kernels) == fused
     ids = random_ids(2, 12)
     original = make_toy(config)(torch.from_numpy(ids)).numpy()
     model = load(compiled.path, threads=1)
