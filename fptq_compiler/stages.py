@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph.evaluate import longest_sequence
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.verify import Verifier
@@ -142,8 +143,19 @@ def cache(
         context: the model's own context in tokens, where it is known.
         report: gets the stage.
         dump_dir: an existing folder for the graph after the pass.
+
+    Raises:
+        UnsupportedModelError: an attention that a cache cannot follow, or too long a cache.
     """
-    length = recipe.cache.max_length or min(context or LONGEST_CACHE, LONGEST_CACHE)
+    bound = longest_sequence(program.module)
+    if bound is not None and recipe.cache.max_length > bound:
+        message = (
+            f"--max-length {recipe.cache.max_length}: the model was exported for at most {bound} "
+            f"tokens; give at most {bound}, or export it with a larger bound"
+        )
+        raise UnsupportedModelError(message)
+    most = min(LONGEST_CACHE, context or LONGEST_CACHE, bound or LONGEST_CACHE)
+    length = recipe.cache.max_length or most
     with report.stage("add cache"):
         steps: list[Pass] = [AddCache(length)]
         if recipe.target == "ort-cpu":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import NoReturn
 
 import torch
@@ -23,7 +24,7 @@ from fptq_compiler.graph import cache_ops, ops
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal
 from fptq_compiler.graph.program import InputSpec, Program, source_line
-from fptq_compiler.graph.rotary import HeadMap, Rotary, head_map, rotary_table
+from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
 from fptq_compiler.passes.cache_proof import Proof
 from fptq_compiler.passes.linears import MOVES
@@ -31,6 +32,8 @@ from fptq_compiler.passes.linears import MOVES
 aten = torch.ops.aten
 MASK = "attention_mask"
 FLOAT_BITS = 16
+EXACT = 1e-9
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 class AddCache(Pass):
@@ -51,10 +54,13 @@ class AddCache(Pass):
         if "cached" in program.facts:
             return PassResult(0)
         cores = program.call_nodes(ops.attention)
+        _refuse_unraised(program, cores)
         expected = Proof.of(program)
         probe = Probe(program.module)
-        plans = [_plan(program, probe, core, self.length) for core in cores]
+        angles = RotaryTables(program.module, probe, self.length)
+        plans = [_plan(probe, angles, core) for core in cores]
         ids = _ids(program)
+        program.inputs = (replace_fields(program.inputs[0], dims=("batch", "sequence")),)
         plain = torch.empty((1, 1), dtype=torch.int64, device="meta")
         mask = _placeholder(program, MASK, plain, ("batch", "total"))
         first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
@@ -67,12 +73,22 @@ class AddCache(Pass):
         logits = output.args[0]
         first_output = logits[0] if isinstance(logits, (tuple, list)) else logits
         output.args = ((first_output, *presents),)
-        _follow_positions(program, ids, positions)
+        _follow_positions(program, ids, positions, self.length)
         names = [f"present.{n}.{kind}" for n in range(len(plans)) for kind in ("key", "value")]
         program.outputs = ("logits", *names)
         program.module.recompile()
         expected.check(program)
         return PassResult(len(plans))
+
+
+def _refuse_unraised(program: Program, cores: list[Node]) -> None:
+    """Every attention must be known as one, or the others would see only their own tokens."""
+    left = [n for n in program.graph.nodes if n.target in SOFTMAX]
+    if cores and not left:
+        return
+    misses = [m.reason for m in program.near_misses if m.what == "attention"]
+    where = left[0] if left else next(iter(program.graph.nodes))
+    _refuse(where, misses[0] if misses else "it was not recognised as attention")
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,15 @@ class _Plan:
     rotary: Rotary | None
     end: Node | None
 
+    @property
+    def scale(self) -> float:
+        """Of the scores, with the factors that stand on queries and keys."""
+        scale = self.core.args[5]
+        assert isinstance(scale, float)
+        return scale * self.q.factor * self.k.factor
 
-def _plan(program: Program, probe: Probe, core: Node, length: int) -> _Plan:
+
+def _plan(probe: Probe, angles: RotaryTables, core: Node) -> _Plan:
     """Read one attention; nothing is changed yet."""
     q, k, v, mask, causal, _ = core.args
     assert isinstance(q, Node)
@@ -106,12 +129,15 @@ def _plan(program: Program, probe: Probe, core: Node, length: int) -> _Plan:
         _refuse(core, "its mask is not the plain causal one")
     key, value = _stored(k), _stored(v)
     heads = [_head_map(probe, x) for x in (q, key.operand, value.operand)]
-    of_q = _table(program, probe, heads[0], q, length)
-    of_k = _table(program, probe, heads[1], key.operand, length)
+    of_q, of_k = _table(angles, heads[0], q), _table(angles, heads[1], key.operand)
     if (of_q is None) != (of_k is None) or (of_q and of_k and not of_q.equals(of_k)):
         _refuse(core, "queries and keys are not rotated alike")
     if heads[2].layout.style != "none":
         _refuse(value.operand, "the values are rotated")
+    if abs(heads[2].factor - 1.0) > EXACT:
+        _refuse(value.operand, f"the values are multiplied by {heads[2].factor}")
+    if probe.region.shape(key.operand) != probe.region.shape(value.operand):
+        _refuse(value.operand, "keys and values differ in heads or channels")
     return _Plan(core, heads[0], heads[1], heads[2], key, value, of_q, _merge_end(probe, core))
 
 
@@ -123,9 +149,9 @@ def _head_map(probe: Probe, operand: Node) -> HeadMap:
 
 
 def _table(
-    program: Program, probe: Probe, mapped: HeadMap, operand: Node, length: int
+    angles: RotaryTables, mapped: HeadMap, operand: Node
 ) -> Rotary | None:
-    found = rotary_table(program.module, probe, mapped, operand, length)
+    found = angles.of(mapped, operand)
     if isinstance(found, Refusal):
         _refuse(found.node or operand, found.reason)
     return found
@@ -197,7 +223,8 @@ def _rewrite(
         table, interleaved = tables.nodes(core, plan.rotary), plan.rotary.interleaved
     arguments = (
         plan.q.source, plan.k.source, plan.v.source, *past, mask, positions, *table, interleaved,
-        plan.q.heads, kv_heads, core.args[5], bits, plan.key.scale, plan.value.scale,
+        plan.q.heads, kv_heads, plan.scale, bits, plan.key.scale / plan.k.factor,
+        plan.value.scale,
     )
     cached = call(graph, core, cache_ops.cached_attention, arguments, like=None)
     merged, *present = [call(graph, core, operator.getitem, (cached, i), like=None)
@@ -250,14 +277,25 @@ def _placeholder(
     return node
 
 
-def _follow_positions(program: Program, ids: Node, positions: Node) -> None:
+def _follow_positions(program: Program, ids: Node, positions: Node, length: int) -> None:
     """What still counts positions from 0 counts as the mask does."""
     program.graph.eliminate_dead_code()
     for node in list(program.graph.nodes):
         if node.target is not aten.arange.default or node is positions:
             continue
-        length = node.args[0]
-        counts = isinstance(length, Node) and length.args == (ids, 1)
-        if not counts or length.target is not aten.sym_size.int:
+        count = node.args[0]
+        counts = isinstance(count, Node) and count.args == (ids, 1)
+        if not counts or count.target is not aten.sym_size.int:
             _refuse(node, "it counts something that is not the positions of the input")
-        replace(node, positions)
+        for row in [r for r in node.users if r.target is aten.unsqueeze.default]:
+            if row.args[1] == 0:  # (1, S), a row for all of the batch, becomes (B, S)
+                replace(row, positions)
+        if node.users:
+            replace(node, positions)
+    for reader in positions.users:
+        if reader.target is aten.embedding.default:
+            table = reader.args[0]
+            assert isinstance(table, Node)
+            rows = program.parameter(str(table.target)).shape[0]
+            if rows < length:
+                _refuse(reader, f"its table has {rows} positions; give --max-length {rows}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
-from fptq_compiler.graph.evaluate import Region, ancestors
+from fptq_compiler.graph.evaluate import Region, ancestors, longest_sequence
 from fptq_compiler.graph.patterns import (
     Alt,
     Commutes,
@@ -64,6 +64,7 @@ MASKED: Pattern = Alt(
 PROBABILITIES = Maybe(CASTS, Op(SOFTMAX, (Maybe(CASTS, MASKED), Var("axis"))))
 ATTENTION = Op(MATMUL, (PROBABILITIES, Var("v")))
 LONGEST_MASK = 8192
+LONGEST_RUN = 2 * LONGEST_MASK + 3
 
 
 class RaiseAttention(Pass):
@@ -164,7 +165,9 @@ def _emit(
     scale: float,
     masks: _Masks,
 ) -> None:
-    k, v = _ungroup(masks.probe, k), _ungroup(masks.probe, v)
+    fewer = _ungroup(masks.probe, k), _ungroup(masks.probe, v)
+    if len({masks.probe.region.shape(x)[1] for x in fewer}) == 1:
+        k, v = fewer
     if isinstance(mask, Node) and masks.is_causal(mask):
         mask, causal = None, True
     arguments = (q, k, v, mask, causal, scale)
@@ -222,21 +225,10 @@ class _Masks:
         )
         if window > LONGEST_MASK:
             return False
-        longest = self._longest()
+        bound = longest_sequence(self._program.module)
+        longest = min(bound or LONGEST_RUN, LONGEST_RUN)
         sizes = [(1, 1), (2, 7), (3, 13), (1, max(33, 2 * window + 3))]
         return all(self._hides_future(mask, b, min(s, longest)) for b, s in sizes)
-
-    def _longest(self) -> int:
-        """The export's bound on the sequence; static sizes give themselves."""
-        for node in self._program.graph.nodes:
-            if node.op == "placeholder" and node.meta["val"].dim() >= 2:
-                size = node.meta["val"].shape[1]
-                if isinstance(size, torch.SymInt):
-                    environment = size.node.shape_env
-                    bound = environment.var_to_range.get(size.node.expr) if environment else None
-                    if bound is not None and bound.upper.is_Integer:
-                        return min(int(bound.upper), 2 * LONGEST_MASK + 3)
-        return 2 * LONGEST_MASK + 3
 
     def _hides_future(self, mask: Node, batch: int, sequence: int) -> bool:
         found = Region(self._program.module, batch, sequence).value(mask, {})

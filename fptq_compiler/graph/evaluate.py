@@ -229,3 +229,18 @@ def _default_value(node: Node, batch: int, sequence: int, past: int) -> Tensor:
         return torch.arange(shape[-1], dtype=fake.dtype).expand(shape).contiguous()
     fill = 1 if "mask" in node.name and not fake.dtype.is_floating_point else 0
     return torch.full(shape, fill, dtype=fake.dtype)
+
+
+def longest_sequence(module: fx.GraphModule) -> int | None:
+    """The export's bound on the length of the first input, in tokens; None without one."""
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and node.meta["val"].dim() >= 2:
+            size = node.meta["val"].shape[1]
+            if not isinstance(size, torch.SymInt):
+                return int(size)
+            environment = size.node.shape_env
+            bound = environment.var_to_range.get(size.node.expr) if environment else None
+            if bound is None or not bound.upper.is_Integer:
+                return None
+            return int(bound.upper)
+    return None

@@ -85,29 +85,50 @@ def _holds_tokens(probe: Probe, node: Node, shape: tuple[int, ...]) -> bool:
     return len(found) > 2 and found[0] == shape[0] and node.op != "placeholder"
 
 
-def rotary_table(
-    module: fx.GraphModule, probe: Probe, mapped: HeadMap, operand: Node, length: int
-) -> Rotary | Refusal | None:
-    """The table of `length` positions, or None where nothing rotates.
+class RotaryTables:
+    """Reads tables of angles, each kind of RoPE once at full length."""
 
-    Raises nothing: a layout that no runtime operator has, or angles that change with the
-    length of the sequence (which a cache cannot follow), give a Refusal.
-    """
-    layout = mapped.layout
-    if layout.style == "none":
-        return None
-    if layout.style == "other" or layout.passthrough[:1] == (0,):
-        return Refusal(f"the rotated pairs {layout.pairs[:3]}… are neither halves nor neighbours",
-                       operand)
-    if layout.passthrough and abs(mapped.factor - 1.0) > TABLE:
-        return Refusal("a factor on rotated and passed channels alike", operand)
-    table = _angles(Region(module, 1, length), mapped, operand)
-    short = _angles(probe.region, mapped, operand)
-    if (table[:, : short.shape[1]] - short).abs().max() > TABLE:
-        return Refusal("the angles change with the length of the sequence, which keys that are "
-                       "stored already cannot follow", operand)
-    cos, sin = table.to(torch.float32)
-    return Rotary(cos.contiguous(), sin.contiguous(), layout.style == "interleaved")
+    def __init__(self, module: fx.GraphModule, probe: Probe, length: int) -> None:
+        """Take the number of positions that every table is to have."""
+        self._module = module
+        self._probe = probe
+        self._length = length
+        self._known: list[tuple[Tensor, Rotary]] = []
+
+    def of(self, mapped: HeadMap, operand: Node) -> Rotary | Refusal | None:
+        """The table, without the common factor; None where nothing rotates.
+
+        A layout that no runtime operator has, or angles that change with the length of the
+        sequence (which a cache cannot follow), give a Refusal.
+        """
+        layout = mapped.layout
+        if layout.style == "none":
+            return None
+        if layout.style == "other" or layout.passthrough[:1] == (0,):
+            pairs = layout.pairs[:3]
+            reason = f"the rotated pairs {pairs}… are neither halves nor neighbours"
+            return Refusal(reason, operand)
+        interleaved = layout.style == "interleaved"
+        short = _angles(self._probe.region, mapped, operand)
+        for first, rotary in self._known:
+            alike = rotary.interleaved == interleaved and first.shape == short.shape
+            if alike and torch.equal(first, short):
+                return rotary
+        try:
+            table = _angles(Region(self._module, 1, self._length), mapped, operand)
+        except (RuntimeError, IndexError) as error:
+            reason = (
+                f"its angles cannot be evaluated for {self._length} positions ({error}); give "
+                "--max-length the length of the model's own tables"
+            )
+            return Refusal(reason, operand)
+        if (table[:, : short.shape[1]] - short).abs().max() > TABLE:
+            return Refusal("the angles change with the length of the sequence, which keys that "
+                           "are stored already cannot follow", operand)
+        cos, sin = table.to(torch.float32)
+        rotary = Rotary(cos.contiguous(), sin.contiguous(), interleaved)
+        self._known.append((short, rotary))
+        return rotary
 
 
 def _angles(region: Region, mapped: HeadMap, operand: Node) -> Tensor:
@@ -116,5 +137,5 @@ def _angles(region: Region, mapped: HeadMap, operand: Node) -> Tensor:
     second = [b for _, b in mapped.layout.pairs]
     basis = torch.zeros(region.shape(mapped.source), dtype=torch.float64)
     basis[..., first] = 1.0
-    found = region.value(operand, {mapped.source: basis})[0, 0]
+    found = region.value(operand, {mapped.source: basis})[0, 0] / mapped.factor
     return torch.stack((found[:, first], found[:, second]))

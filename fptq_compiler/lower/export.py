@@ -53,7 +53,22 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
         raise LoweringError(message) from error
     assert found is not None
     _drop_traces(found.model)
+    _name_dimensions(program, found.model)
     return found.model
+
+
+def _name_dimensions(program: Program, model: ir.Model) -> None:
+    """Inputs and outputs of one size share its name; torch.export gives each a symbol."""
+    names: dict[str, str] = {}
+    for spec, value in zip(program.inputs, model.graph.inputs, strict=True):
+        for dim, found in zip(spec.dims, value.shape or (), strict=True):
+            if isinstance(dim, str) and isinstance(found, ir.SymbolicDim):
+                names[str(found)] = dim
+        value.shape = ir.Shape(spec.dims)
+    for value in model.graph.outputs:
+        dims = [names.get(str(d), "total") if isinstance(d, ir.SymbolicDim) else d
+                for d in value.shape or ()]
+        value.shape = ir.Shape(dims)
 
 
 def _drop_traces(model: ir.Model) -> None:

@@ -591,12 +591,12 @@ def shifted_angles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def change_table(monkeypatch: pytest.MonkeyPatch, change: Callable[[Rotary], Rotary]) -> None:
-    original = rotary.rotary_table
+    original = rotary.RotaryTables.of
 
     def table(*arguments: Any) -> Any:
         return change(original(*arguments))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(add_cache, "rotary_table", table)
+    monkeypatch.setattr(rotary.RotaryTables, "of", table)
 
 
 def use_positions(monkeypatch: pytest.MonkeyPatch, rule: Callable[[Tensor, Tensor], Tensor]

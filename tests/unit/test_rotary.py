@@ -15,7 +15,7 @@ from fptq_compiler.graph import ops
 from fptq_compiler.graph.cache_ops import rotate
 from fptq_compiler.graph.probe import Probe, Refusal
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.rotary import HeadMap, Rotary, head_map, rotary_table
+from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.sites import RopeLayout
 from fptq_compiler.passes import FIND_SITES
 from tests import toys
@@ -38,7 +38,7 @@ def read(program: Program, length: int = LENGTH, operand: int = 0
     mapped = head_map(probe, node)
     if isinstance(mapped, Refusal):
         return None, mapped
-    return rotary_table(program.module, probe, mapped, node, length), mapped
+    return RotaryTables(program.module, probe, length).of(mapped, node), mapped
 
 
 def closed_form(width: int, length: int = LENGTH, theta: float = 100.0) -> tuple[Tensor, Tensor]:
@@ -107,8 +107,8 @@ def test_the_table_rotates_as_the_graph_does(rope: Any) -> None:
     assert float(error) < 5 * EXACT
 
 
-def test_a_common_factor_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """YaRN multiplies its cosines and sines."""
+def test_a_common_factor_does_not_stand_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """YaRN multiplies its cosines and sines; the attention's scale takes that over."""
     plain = toys.Rotary.forward
 
     def scaled(self: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -119,8 +119,8 @@ def test_a_common_factor_stands_in_the_table(monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(mapped, HeadMap)
     assert mapped.factor == pytest.approx(1.25, rel=1e-6)  # float32
     cos, sin = closed_form(8)
-    assert float((table.cos - 1.25 * cos).abs().max()) < CLOSE
-    assert float((table.sin - 1.25 * sin).abs().max()) < CLOSE
+    assert float((table.cos - cos).abs().max()) < CLOSE
+    assert float((table.sin - sin).abs().max()) < CLOSE
 
 
 def test_nothing_turns() -> None:
@@ -203,10 +203,8 @@ def test_angles_that_change_with_a_length_beyond_the_probe_are_refused() -> None
          "the rotated pairs ((0, 7), (1, 6))… are neither halves nor neighbours"),
         (RopeLayout(((4, 6), (5, 7)), (0, 1, 2, 3), 1.0, "half-split"), 1.0,
          "the rotated pairs ((4, 6), (5, 7))… are neither halves nor neighbours"),
-        (RopeLayout(((0, 2), (1, 3)), (4, 5, 6, 7), 1.25, "half-split"), 1.25,
-         "a factor on rotated and passed channels alike"),
     ],
-    ids=["other", "the last channels turn", "a factor beside a partial rotation"],
+    ids=["other", "the last channels turn"],
 )
 def test_layouts_without_an_operator_are_refused(
     layout: RopeLayout, factor: float, reason: str
@@ -218,7 +216,7 @@ def test_layouts_without_an_operator_are_refused(
     mapped = head_map(probe, node)
     assert isinstance(mapped, HeadMap)
     changed = replace(mapped, layout=layout, factor=factor)
-    found = rotary_table(program.module, probe, changed, node, LENGTH)
+    found = RotaryTables(program.module, probe, LENGTH).of(changed, node)
     assert isinstance(found, Refusal)
     assert found.reason == reason
 
