@@ -74,7 +74,8 @@ def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.ND
     """
     # The largest is subtracted first: at a tiny temperature the quotients would overflow.
     shifted = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
-    order = np.argsort(-shifted, kind="stable")[: sampling.top_k]
+    # Ordered before that, for logits apart by less than its rounding are still apart.
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k]
     likeliest = np.exp(shifted[order])
     likeliest /= likeliest.sum()
     if sampling.top_p < 1:

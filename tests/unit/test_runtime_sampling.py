@@ -43,9 +43,8 @@ def test_top_k_keeps_k_of_the_likeliest(
     assert kept.sum() <= top_k
     if kept.all():
         return
-    # Below the largest: two logits that differ by less than its rounding are equally likely.
-    below = logits.astype(np.float64) - float(logits.max())
-    assert below[kept].min() >= below[~kept].max()
+    # What is dropped may have had a probability too small for a float.
+    assert logits[kept].min() >= logits[~kept].max()
 
 
 @given(LOGITS, TEMPERATURES, st.floats(0.001, 0.999))
