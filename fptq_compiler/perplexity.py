@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +17,6 @@ from fptq_compiler.progress import Progress, SilentProgress, track
 
 LogitsFunction = Callable[[Tensor], Tensor]
 """From token ids [B, T] int64 to logits [B, T, V]; position t predicts token t + 1."""
-
-_CACHE_DTYPES: Final = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-}
 
 _POSITIONS_AT_ONCE: Final = 256
 """Rows of logits in float32 at once: bounds memory where the vocabulary is large."""
@@ -155,68 +147,26 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def ort_logits(
-    path: Path, threads: int | None = None, session_options: Any = None
-) -> LogitsFunction:
-    """Opens an ONNX file in ONNX Runtime on the CPU; a cache stays empty.
+def ort_logits(path: Path, threads: int | None = None) -> LogitsFunction:
+    """Opens a compiled file in ONNX Runtime as its session file says; a cache stays empty.
 
     Args:
-        path: the file; external data lies beside it.
+        path: the file; external data and session file lie beside it.
         threads: within one operator; None leaves it to ONNX Runtime.
-        session_options: an `onnxruntime.SessionOptions` to start from.
 
     Returns:
         A function from ids [B, T] to logits [B, T, V] float32.
 
     Raises:
-        CaptureError: not an ONNX file, or not one from token ids to logits.
+        RuntimeLoadError: not an ONNX file from token ids to logits, or not a whole one.
     """
-    import onnxruntime
+    from fptq_compiler.runtime.session import load
 
-    if not path.is_file():
-        message = f"{path}: no such file"
-        raise CaptureError(message)
-    options = session_options or onnxruntime.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), sess_options=options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's exceptions share no other base
-        message = f"{path}: ONNX Runtime cannot load it as an ONNX model: {error}"
-        raise CaptureError(message) from error
-    inputs = [(entry.name, entry.type) for entry in session.get_inputs()]
-    cache = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
-    known = {"attention_mask", *(entry.name for entry in cache)} if cache else set()
-    inputs = [(name, kind) for name, kind in inputs if name not in known]
-    if len(inputs) != 1 or inputs[0][1] not in ("tensor(int64)", "tensor(int32)"):
-        listed = ", ".join(f"{name}: {kind}" for name, kind in inputs) or "none"
-        message = f"{path}: expected one input of token ids, found {listed}"
-        raise CaptureError(message)
-    name, kind = inputs[0]
-    dtype = torch.int64 if kind == "tensor(int64)" else torch.int32
-    outputs = [entry.name for entry in session.get_outputs()]
-    wanted = "logits" if "logits" in outputs else outputs[0]
+    model = load(path, threads=threads)
 
     def logits(ids: Tensor) -> Tensor:
         """Runs the file: ids [B, T] to logits [B, T, V]."""
-        feed = {name: ids.to("cpu", dtype).contiguous().numpy()}
-        if cache:
-            feed["attention_mask"] = np.ones(tuple(ids.shape), np.int64)
-        for entry in cache:
-            _, heads, _, width = entry.shape
-            feed[entry.name] = np.zeros(
-                (ids.shape[0], heads, 0, width), _CACHE_DTYPES[entry.type]
-            )
-        try:
-            values = session.run([wanted], feed)[0]
-        except Exception as error:
-            message = (
-                f"{path}: ONNX Runtime failed on ids of shape {tuple(ids.shape)} from "
-                f"{int(ids.min())} to {int(ids.max())}: {error}"
-            )
-            raise CaptureError(message) from error
-        return torch.from_numpy(values)
+        found, _ = model.step(ids.numpy(force=True), model.start(ids.shape[0]))
+        return torch.from_numpy(found)
 
     return logits

@@ -129,10 +129,9 @@ class Recipe:
             changed["transforms"] = replace(
                 self.transforms, names=names, where_possible=names is None
             )
-        if kv_cache is not None:
-            changed["cache"] = replace(self.cache, enabled=kv_cache)
-        if max_length is not None:
-            changed["cache"] = replace(changed.get("cache", self.cache), max_length=max_length)
+        cache = {"enabled": kv_cache, "max_length": max_length}
+        asked: dict[str, Any] = {k: v for k, v in cache.items() if v is not None}
+        changed["cache"] = replace(self.cache, **asked)
         sizes = {"samples": samples, "length": sequence_length}
         given = {key: value for key, value in sizes.items() if value is not None}
         changed["calibration"] = replace(self.calibration, **given)

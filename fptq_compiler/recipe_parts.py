@@ -209,6 +209,12 @@ class CacheRecipe:
 
     def __post_init__(self) -> None:
         check_at_least("cache.max_length", self.max_length, 0)
+        if self.max_length and not self.enabled:
+            message = (
+                f"cache.max_length is {self.max_length}, but the file has no cache to hold so "
+                "many tokens; ask for one with --kv-cache (cache.enabled)"
+            )
+            raise RecipeError(message)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fptq_compiler.graph.evaluate import longest_sequence
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.verify import Verifier
+from fptq_compiler.lower.targets import target_of
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
 from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
@@ -158,7 +159,7 @@ def cache(
     length = recipe.cache.max_length or most
     with report.stage("add cache"):
         steps: list[Pass] = [AddCache(length)]
-        if recipe.target == "ort-cpu":
+        if target_of(recipe.target).packed_projections:
             steps.append(PackProjections())
         _run(program, tuple(steps), None, dump_dir)
     return length

@@ -28,12 +28,12 @@ from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
 from fptq_compiler.passes.cache_proof import Proof
 from fptq_compiler.passes.linears import MOVES
+from fptq_compiler.passes.place_quantizers import FLOAT_BITS
+from fptq_compiler.passes.raise_attention import SOFTMAX
 
 aten = torch.ops.aten
 MASK = "attention_mask"
-FLOAT_BITS = 16
-EXACT = 1e-9
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
+EXACT = 1e-9  # float64 against a factor that a model wrote down
 
 
 class AddCache(Pass):

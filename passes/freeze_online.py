@@ -46,12 +46,10 @@ def mix(x: Tensor, signs: Tensor | None, *factors: Tensor) -> Tensor:
 
 def mixed(size: int, orders: Sequence[int]) -> Tensor:
     """(size,): which channel of the product stands at each place of what `mix` gives."""
-    width = prod(orders)
     index = torch.arange(size).reshape(-1, *orders)
     axes = list(range(1, len(orders) + 1))
     for _ in orders[1:]:
         axes = [axes[-1], *axes[:-1]]
-    assert size % width == 0
     return index.permute(0, *axes).reshape(size)
 
 
@@ -96,7 +94,7 @@ def _reorder_readers(program: Program, node: Node, order: Tensor) -> None:
         assert isinstance(weight, Node), f"{reader.name} reads an online map, expected a linear"
         name = str(weight.target)
         value = program.parameter(name)
-        value.copy_(value[:, order.to(value.device)])
+        set_parameter(program.module, name, value[:, order.to(value.device)])
 
 
 def _shared(program: Program, before: Node, name: str, value: Tensor) -> Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,22 +9,14 @@ import numpy as np
 import onnxruntime
 
 from fptq_compiler.bench.measure import Step
-from fptq_compiler.errors import RuntimeInputError, RuntimeLoadError
+from fptq_compiler.errors import RuntimeInputError
 from fptq_compiler.runtime.model_file import ModelFile
-from fptq_compiler.runtime.session import available_providers, session_options
+from fptq_compiler.runtime.placement import ELEMENTS, device_of
+from fptq_compiler.runtime.session import open_session
 from fptq_compiler.runtime.signature import LOGITS, MASK, Signature
 
 Array = np.ndarray[Any, Any]
 
-_ELEMENTS: Final[Mapping[str, type[np.generic]]] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "int8": np.int8,
-    "int4": np.uint8,
-}
-"""Of each type of cache; INT4 codes are packed two a byte."""
-
-_ON_GPU: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 _SEED: Final = 0
 
 
@@ -46,7 +37,7 @@ class OpenModel:
         self.file = file
         self.session = session
         self.provider: str = session.get_providers()[0]
-        self._device = "cuda" if self.provider in _ON_GPU else "cpu"
+        self._device = device_of(session)
         self.vocabulary = self._vocabulary()
 
     @property
@@ -103,9 +94,8 @@ def random_past(signature: Signature, batch: int, positions: int) -> dict[str, A
     """
     if signature.cache_type is None:
         return {}
-    dtype = np.dtype(_ELEMENTS[signature.cache_type])
-    columns = signature.head_size // 2 if signature.cache_type == "int4" else signature.head_size
-    shape = (batch, signature.kv_heads, positions, columns)
+    dtype = np.dtype(ELEMENTS[signature.cache_type][0])
+    shape = signature.cache_shape(batch, positions)
     generator = np.random.default_rng(_SEED)
     if dtype.kind == "f":
         return {n: generator.standard_normal(shape).astype(dtype) for n in signature.past_names}
@@ -135,18 +125,4 @@ def open_model(
             model.
         RuntimeInputError: ONNX Runtime fails on one token.
     """
-    providers = available_providers((provider,) if provider else file.settings.providers)
-    options = session_options(file.settings.session_config, threads)
-    if profile_prefix is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
-    try:
-        session = onnxruntime.InferenceSession(str(file.path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions share no other base
-        message = f"{file.path}: ONNX Runtime cannot open it with {', '.join(providers)}: {error}"
-        raise RuntimeLoadError(message) from error
-    found = session.get_providers()[0]
-    if found != providers[0]:  # it falls back to the CPU where a library is missing
-        message = f"{providers[0]} does not work here: ONNX Runtime fell back to {found}"
-        raise RuntimeLoadError(message)
-    return OpenModel(file, session)
+    return OpenModel(file, open_session(file, provider, threads, profile_prefix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,13 +32,11 @@ def check_plot(path: Path, files: Sequence[ModelFile]) -> None:
     if not any(file.signature.layers for file in files):
         message = f"--plot {path}: it shows decode steps, and no model here has a KV cache"
         raise RecipeError(message)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
+    if find_spec("matplotlib") is None:
         message = (
             "--plot needs matplotlib, which is not installed: pip install fptq-compiler[plot]"
         )
-        raise RecipeError(message) from error
+        raise RecipeError(message)
 
 
 def plot_decode(result: Benchmark, path: Path) -> None:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
 from fptq_compiler.errors import RuntimeInputError
+from fptq_compiler.runtime.placement import ELEMENTS, device_of
 from fptq_compiler.runtime.session_file import SessionFile
 from fptq_compiler.runtime.signature import LOGITS, MASK, Signature
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 OrtValue = Any  # an onnxruntime.OrtValue
-
-_ELEMENTS: Final[Mapping[str, tuple[type, str]]] = {
-    "float32": (np.float32, "tensor(float)"),
-    "float16": (np.float16, "tensor(float16)"),
-    "int8": (np.int8, "tensor(int8)"),
-    "int4": (np.uint8, "tensor(uint8)"),
-}
-"""Each cache type's NumPy type, and ONNX Runtime's name for it."""
-
-_ON_GPU: Final = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Model:
     ) -> None:
         self._session = session
         self._signature = signature
-        self._device = "cuda" if session.get_providers()[0] in _ON_GPU else "cpu"
+        self._device = device_of(session)
         self.settings = settings
 
     @property
@@ -91,9 +81,10 @@ class Model:
         """Gives the cache of no tokens for `batch` sequences."""
         if self.cache_type is None:
             return Cache((), np.ones((batch, 0), np.int64))
-        dtype, _ = _ELEMENTS[self.cache_type]
+        dtype, _ = ELEMENTS[self.cache_type]
+        shape = self._signature.cache_shape(batch, 0)
         values = tuple(
-            onnxruntime.OrtValue.ortvalue_from_shape_and_type(self._shape(batch, 0), dtype)
+            onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype)
             for _ in self._signature.past_names
         )
         return Cache(values, np.ones((batch, 0), np.int64))
@@ -152,12 +143,6 @@ class Model:
         logits, *values = binding.get_outputs()
         return logits.numpy().astype(np.float32, copy=False), tuple(values)
 
-    def _shape(self, batch: int, length: int) -> list[int]:
-        """The shape of each of the cache's values."""
-        packed = 2 if self.cache_type == "int4" else 1
-        signature = self._signature
-        return [batch, signature.kv_heads, length, signature.head_size // packed]
-
     def _checked_ids(self, ids: npt.ArrayLike) -> Ids:
         """The ids as ONNX Runtime takes them."""
         array = np.asarray(ids)
@@ -188,8 +173,8 @@ class Model:
             raise RuntimeInputError(message)
         if self.cache_type is None:
             return
-        shape = self._shape(batch, cache.length)
-        _, element = _ELEMENTS[self.cache_type]
+        shape = self._signature.cache_shape(batch, cache.length)
+        _, element = ELEMENTS[self.cache_type]
         for name, value in zip(self._signature.past_names, cache.values, strict=True):
             if value.data_type() != element or list(value.shape()) != shape:
                 message = (

@@ -9,7 +9,7 @@ import onnxruntime
 
 from fptq_compiler.errors import RuntimeLoadError
 from fptq_compiler.runtime.model import Model
-from fptq_compiler.runtime.model_file import read_model_file
+from fptq_compiler.runtime.model_file import ModelFile, read_model_file
 
 _ERRORS_ONLY = 3  # of ONNX Runtime's log
 
@@ -28,9 +28,32 @@ def load(path: str | Path, *, provider: str | None = None, threads: int | None =
             refuses it.
     """
     file = read_model_file(Path(path))
-    wanted = file.settings.providers if provider is None else (provider,)
-    providers = available_providers(wanted)
+    return Model(open_session(file, provider, threads), file.signature, file.settings)
+
+
+def open_session(
+    file: ModelFile,
+    provider: str | None = None,
+    threads: int | None = None,
+    profile_prefix: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """Opens ONNX Runtime's session on a model, set up as its session file says.
+
+    Args:
+        file: the model.
+        provider: as for `load`.
+        threads: as for `load`.
+        profile_prefix: how the name of ONNX Runtime's profile begins; None writes none.
+
+    Raises:
+        RuntimeLoadError: a provider is missing or does not work, or ONNX Runtime refuses the
+            model.
+    """
+    providers = available_providers((provider,) if provider else file.settings.providers)
     options = session_options(file.settings.session_config, threads)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
     try:
         session = onnxruntime.InferenceSession(str(file.path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no other base
@@ -46,7 +69,7 @@ def load(path: str | Path, *, provider: str | None = None, threads: int | None =
             f"{used[0]}. Its log on stderr says which library is missing."
         )
         raise RuntimeLoadError(message)
-    return Model(session, file.signature, file.settings)
+    return session
 
 
 def session_options(

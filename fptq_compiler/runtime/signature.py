@@ -53,6 +53,11 @@ class Signature:
         """Inputs of the cache: key and value of each layer in turn."""
         return tuple(name.format(n) for n in range(self.layers) for name in PAST)
 
+    def cache_shape(self, batch: int, positions: int) -> list[int]:
+        """The shape of each key and value: (B, H_kv, P, D), or D / 2 bytes of INT4 pairs."""
+        packed = 2 if self.cache_type == "int4" else 1
+        return [batch, self.kv_heads, positions, self.head_size // packed]
+
     @property
     def present_names(self) -> tuple[str, ...]:
         """Outputs of the grown cache, in the order of `past_names`."""

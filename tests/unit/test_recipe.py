@@ -146,6 +146,7 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nscaling_places = ['v_proj']", "expected one of down_proj, o_proj"),
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
         ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
+        ("[cache]\nmax_length = 64", r"no cache to hold so many tokens; ask for one with --kv"),
         ("target = 'qd'", "did you mean 'qdq'?"),
         ("verify = 'fill'", "did you mean 'full'?"),
         ("name = ", "not valid TOML"),
@@ -186,6 +187,13 @@ def test_flags_override_only_what_they_name() -> None:
     assert not changed.transforms.where_possible
     assert changed.calibration == CalibrationRecipe(samples=2)
     assert (changed.seed, changed.verify, changed.local) == (7, "full", recipe.local)
+
+
+def test_the_cache_and_its_length_are_asked_for_together() -> None:
+    cached = Recipe().override(kv_cache=True, max_length=64).cache
+    assert (cached.enabled, cached.max_length) == (True, 64)
+    with pytest.raises(RecipeError, match="ask for one with --kv-cache"):
+        Recipe().override(max_length=64)
 
 
 @pytest.mark.parametrize(

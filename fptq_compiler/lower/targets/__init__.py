@@ -17,6 +17,7 @@ class Target:
         name: as `--target` knows it.
         translations: from a frozen program to its emitters by operator.
         expansions: the forms of carried operators by name.
+        packed_projections: whether attention reads query, key and value side by side.
         opset: of the standard domain, 21 or later.
         ir_version: of the file.
         providers: ONNX Runtime's execution providers, in order.
@@ -26,6 +27,7 @@ class Target:
     name: str
     translations: Callable[[Program], dict[Any, Callable[..., Any]]]
     expansions: Mapping[str, Callable[..., tuple[Any, ...]]]
+    packed_projections: bool = False
     opset: int = 21
     ir_version: int = 10
     providers: tuple[str, ...] = ("CPUExecutionProvider",)

@@ -10,18 +10,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import onnx_ir as ir
-
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets.carried import Carried
+from fptq_compiler.lower.targets.types import BOOL, FLOAT, INT8, UINT8
 
 LOWEST = -3.0e38  # added to a score it hides the key; -inf would make rows of NaN
-FLOAT, INT8, UINT8, INT64 = (
-    ir.DataType.FLOAT.value,
-    ir.DataType.INT8.value,
-    ir.DataType.UINT8.value,
-    ir.DataType.INT64.value,
-)
 
 
 def positions(op: Emitter, mask: Any, ids: Any) -> Any:
@@ -44,7 +37,7 @@ def hidden_keys(op: Emitter, mask: Any, positions: Any) -> Any:
     sequence = op.Shape(positions, start=1, end=2)
     keys = op.Range(op.int(0), op.Squeeze(total), op.int(1))
     queries = op.Unsqueeze(op.Slice(keys, op.Neg(sequence), op.ints(_END)), op.ints(1))
-    shown = op.And(op.Less(keys, queries), op.Unsqueeze(op.Cast(mask, to=9), op.ints(1, 2)))
+    shown = op.And(op.Less(keys, queries), op.Unsqueeze(op.Cast(mask, to=BOOL), op.ints(1, 2)))
     seen = op.Or(shown, op.Equal(keys, queries))
     return op.Where(seen, op.float(0.0), op.float(LOWEST))
 

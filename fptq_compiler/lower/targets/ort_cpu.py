@@ -29,6 +29,7 @@ from fptq_compiler.lower.targets.cache import (
 )
 from fptq_compiler.lower.targets.carried import Carried
 from fptq_compiler.lower.targets.schemas import register
+from fptq_compiler.lower.targets.types import INT4, INT8, INT32
 
 CONTRIB = "com.microsoft"
 ALIGNED = 16  # channels: the fused kernel refuses other head sizes
@@ -37,7 +38,6 @@ register(
     ("A", "B", "a_scale", "b_scale", "a_zero_point?", "b_zero_point?", "bias?"), ("Y",), {},
 )
 contrib = Opset(CONTRIB, 1)
-INT32 = ir.DataType.INT32.value
 
 
 def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
@@ -149,7 +149,7 @@ def _integer_linear(
     takes = forms.integer_linears or (bits == 8 and not block and forms.quantized_activations)
     if not takes or quantized is None or quantized.op_type != "DequantizeLinear":
         return qdq.linear(x, codes, scale, bias, bits, block, forms=forms)
-    wide = opset.Cast(opset.Cast(codes, to=qdq.INT4), to=qdq.INT8) if bits == 4 else codes
+    wide = opset.Cast(opset.Cast(codes, to=INT4), to=INT8) if bits == 4 else codes
     activation, step, zero_point = quantized.inputs
     return contrib.MatMulIntegerToFloat(
         activation, wide, step, scale, zero_point, None, bias
@@ -170,6 +170,7 @@ TARGET = Target(
     "ort-cpu",
     translations,
     qdq.EXPANSIONS | {"CachedAttention": cached_attention},
+    packed_projections=True,
     opset=23,
     session_config=qdq.TARGET.session_config,
 )

@@ -29,13 +29,7 @@ from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.expand import Expansion
 from fptq_compiler.lower.targets import Target, cache
 from fptq_compiler.lower.targets.carried import Carried, carry_attention, carry_positions
-
-FLOAT, INT8, INT4, UINT8 = (
-    ir.DataType.FLOAT.value,
-    ir.DataType.INT8.value,
-    ir.DataType.INT4.value,
-    ir.DataType.UINT8.value,
-)
+from fptq_compiler.lower.targets.types import FLOAT, INT4, INT8, UINT8
 
 
 def rms_norm(x: Any, gain: Any, epsilon: float) -> Any:

@@ -1,0 +1,14 @@
+"""Numbers of the ONNX element types, as attributes of operators take them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import onnx_ir as ir
+
+FLOAT: Final = ir.DataType.FLOAT.value
+INT4: Final = ir.DataType.INT4.value
+INT8: Final = ir.DataType.INT8.value
+UINT8: Final = ir.DataType.UINT8.value
+INT32: Final = ir.DataType.INT32.value
+BOOL: Final = ir.DataType.BOOL.value
