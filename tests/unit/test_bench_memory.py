@@ -61,7 +61,7 @@ def test_a_small_model_with_a_cache_holds_little(tmp_path: Path) -> None:
 def test_an_error_of_the_process_is_ours(tmp_path: Path) -> None:
     file = read_model_file(write_cached_model(tmp_path / "m.onnx", "int8"))
     gone = replace(file, path=tmp_path / "gone.onnx")
-    with pytest.raises(RuntimeLoadError, match=r"gone\.onnx: ONNX Runtime cannot open it"):
+    with pytest.raises(RuntimeLoadError, match=r"gone\.onnx: ONNX Runtime .* cannot open it"):
         measure_memory(gone, SETTINGS)
 
 

@@ -311,4 +311,4 @@ def test_eval_of_a_file_that_is_no_onnx(
     file = model.rename(model.with_suffix(".onnx"))
     words = [str(file), "--text", str(file), "--tokenizer", str(file)]
     assert run(evaluate_cli.command, words) == 3
-    assert "cannot load it as an ONNX model" in capsys.readouterr().err
+    assert "not an ONNX file" in capsys.readouterr().err
