@@ -185,9 +185,13 @@ def node_counts(compiled: Compiled) -> dict[str, int]:
 
 
 def branches(model: onnx.ModelProto) -> list[tuple[onnx.GraphProto, onnx.GraphProto]]:
-    """then and else of each If."""
+    """then and else of each If of the model itself."""
+    return branches_of(model.graph)
+
+
+def branches_of(graph: onnx.GraphProto) -> list[tuple[onnx.GraphProto, onnx.GraphProto]]:
     found = []
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type == "If":
             given = {a.name: a.g for a in node.attribute}
             found.append((given["then_branch"], given["else_branch"]))
@@ -209,12 +213,16 @@ def test_ort_cpu_has_a_fused_kernel_for_one_token(toy: Compile, bits: str) -> No
     assert len(found) == 2
     for one, many in found:
         assert [n.op_type for n in one.node if n.op_type != "Constant"] == ["GroupQueryAttention"]
-        assert "GroupQueryAttention" not in {n.op_type for n in many.node}
-        assert {"MatMul", "Attention"} & {n.op_type for n in many.node}
+        assert "GroupQueryAttention" not in {n.op_type for n in every_node(many)}
+        ((pieces, whole),) = (
+            [[n.op_type for n in graph.node].count("Attention") for graph in pair]
+            for pair in branches_of(many)
+        )
+        assert (pieces, whole) == (4, 1)
     opsets = {o.domain: o.version for o in compiled.model.opset_import}
     assert opsets["com.microsoft"] == 1
     counts = node_counts(compiled)
-    assert (counts["If"], counts["GroupQueryAttention"]) == (2, 2)
+    assert (counts["If"], counts["GroupQueryAttention"]) == (4, 2)
 
 
 @pytest.mark.parametrize("bits", [FLOAT, *QUANTISED])
@@ -256,30 +264,32 @@ def test_nothing_is_left_of_the_compiler_s_own_domain(toy: Compile) -> None:
         assert "fptq" not in {o.domain for o in model.opset_import}
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["one", "many"])
-def test_both_branches_are_taken(toy: Compile, which: int, tmp_path: Path) -> None:
+RUNS = {"one token": 1, "few": 4, "many": 11}
+
+
+@pytest.mark.parametrize("which", RUNS)
+def test_every_branch_is_taken(toy: Compile, which: str, tmp_path: Path) -> None:
     """Attention that is twice as sharp in one branch moves the runs that take it, and no other."""
     compiled = toy("ort-cpu", FLOAT)
     model = compiled.model
-    for pair in branches(model):
+    for one, more in branches(model):
+        ((many, few),) = branches_of(more)
         changed = 0
-        for node in pair[which].node:
+        for node in {"one token": one, "few": few, "many": many}[which].node:
             for attribute in node.attribute:
-                if attribute.name in ("scale", "value_float") and attribute.f == 0.25:
-                    attribute.f = 0.5
+                if attribute.name == "scale":
+                    attribute.f *= 2.0
                     changed += 1
-        assert changed == 1
+        assert changed == (4 if which == "many" else 1)
     path = tmp_path / "changed.onnx"
     onnx.save(model, path)
     right, wrong = load(compiled.path, threads=1), load(path, threads=1)
-    ids = random_ids(2, 9)
+    ids = random_ids(2, 16)
     _, cache = right.step(ids[:, :5], right.start(2))
-    moved = []
-    for tokens in (ids[:, 5:6], ids[:, 5:9]):
-        expected, _ = right.step(tokens, cache)
-        moved.append(error(wrong.step(tokens, cache)[0], expected))
-    assert moved[which] > VISIBLE
-    assert moved[1 - which] == 0
+    for run, tokens in RUNS.items():
+        expected, _ = right.step(ids[:, 5 : 5 + tokens], cache)
+        moved = error(wrong.step(ids[:, 5 : 5 + tokens], cache)[0], expected)
+        assert moved > VISIBLE if run == which else moved == 0
 
 
 FORMS = {

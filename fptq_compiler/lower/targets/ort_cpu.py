@@ -28,6 +28,7 @@ from fptq_compiler.lower.targets.cache import (
     split_heads,
 )
 from fptq_compiler.lower.targets.carried import Carried
+from fptq_compiler.lower.targets.causal import attention_in_pieces
 from fptq_compiler.lower.targets.schemas import register
 from fptq_compiler.lower.targets.types import INT4, INT8, INT32
 
@@ -63,10 +64,7 @@ def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
 
 
 def attention_of_many(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
-    """`fptq.cached_attention` as Attention-23, on the projections' own layout (B, S, H·D).
-
-    A quantised cache is decoded in front of it, and what is new as it will be stored.
-    """
+    """`fptq.cached_attention` as Attention-23 on all keys and values, decoded as stored."""
     head, bits = given.head, given.bits
     q, k, v = given.q, given.k, given.v
     if k is None:
@@ -81,30 +79,24 @@ def attention_of_many(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
             )
             for x, heads in ((q, given.heads), (k, given.kv_heads))
         )
-    past = (given.past_key, given.past_value)
-    scales = (given.key_scale, given.value_scale)
-    stored = [
-        encode(op, split_heads(op, x, given.kv_heads, head), scale, bits)
-        for x, scale in zip((k, v), scales, strict=True)
-    ]
-    if bits < 16:
-        k, v = (
-            op.Reshape(decode(op, x, scale, bits, head), op.ints(0, 0, given.kv_heads * head))
-            for x, scale in zip(stored, scales, strict=True)
-        )
-        past = tuple(
-            decode(op, x, scale, bits, head) for x, scale in zip(past, scales, strict=True)
-        )
-    mixed, *present = op.make(
-        "Attention", q, k, v, bias_of(op, given), *past, outputs=3,
-        q_num_heads=given.heads, kv_num_heads=given.kv_heads, scale=given.scale,
+    known = (
+        (k, given.past_key, given.key_scale), (v, given.past_value, given.value_scale)
     )
-    if bits < 16:
-        present = [
-            op.Concat(before, op.Transpose(x, perm=[0, 2, 1, 3]), axis=2)
-            for before, x in zip((given.past_key, given.past_value), stored, strict=True)
-        ]
-    return mixed, present[0], present[1]
+    stored = [
+        encode(op, op.Transpose(split_heads(op, x, given.kv_heads, head), perm=[0, 2, 1, 3]),
+               scale, bits)
+        for x, _, scale in known
+    ]
+    present = [op.Concat(past, x, axis=2) for (_, past, _), x in zip(known, stored, strict=True)]
+    keys, values = (
+        decode(op, x, scale, bits, head)
+        for x, (_, _, scale) in zip(present, known, strict=True)
+    )
+    queries = op.Transpose(split_heads(op, q, given.heads, head), perm=[0, 2, 1, 3])
+    mixed = op.Transpose(
+        attention_in_pieces(op, given, queries, keys, values), perm=[0, 2, 1, 3]
+    )
+    return op.Reshape(mixed, op.ints(0, 0, given.heads * head)), present[0], present[1]
 
 
 def _is_single(op: Emitter, given: Carried) -> Any:
