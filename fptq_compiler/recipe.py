@@ -179,7 +179,8 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
     "quarot-static": Recipe(
         name="quarot-static",
         transforms=TransformsRecipe(
-            names=("residual", "value", "hadamard"), where_possible=False, residual_learned=False
+            names=("residual", "value", "hadamard"), where_possible=False,
+            residual_learned=False, hadamard_block=0,
         ),
         local=LocalRecipe(steps=0),
     ),

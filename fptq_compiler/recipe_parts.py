@@ -26,6 +26,7 @@ LONGEST_CACHE: Final = 8192
 
 WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
+HADAMARD_BLOCKS: Final = (0, 16, 32, 64, 128, 256, 512)
 SINKS: Final = ("first-position", "none")
 OBJECTIVES: Final = ("weights", "activations")
 
@@ -94,6 +95,9 @@ class TransformsRecipe:
         scaling_places: linears whose input S_n multiplies; elsewhere it multiplies the output.
             On SmolLM2 the input of o_proj is calmer without it.
         residual_learned: train T_r; otherwise it stays the Hadamard it starts from.
+        hadamard_block: channels that T_d mixes with each other, at run time one matmul with a
+            matrix of that order; 0 mixes all, which costs two matmuls and a transpose. A width
+            that it does not divide is mixed whole.
     """
 
     names: tuple[str, ...] | None = field(
@@ -102,8 +106,10 @@ class TransformsRecipe:
     where_possible: bool = True
     scaling_places: tuple[str, ...] = ("down_proj",)
     residual_learned: bool = True
+    hadamard_block: int = 64
 
     def __post_init__(self) -> None:
+        check_one_of("transforms.hadamard_block", self.hadamard_block, HADAMARD_BLOCKS)
         for name in self.names or ():
             if name not in TRANSFORMS:
                 message = f"unknown transform {name!r}: {nearest(name, TRANSFORMS)}"

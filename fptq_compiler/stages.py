@@ -18,6 +18,7 @@ from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
 from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.add_cache import AddCache
+from fptq_compiler.passes.carry_epsilon import CarryEpsilon
 from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_online import FreezeOnline
@@ -71,14 +72,21 @@ def transform(
         _run(program, FIND_SITES, verifier, dump_dir)
         refuse_without_sites(program)
     with report.stage("insert transforms"):
-        names = recipe.transforms.candidates
-        steps = insertion(names, seed=recipe.seed, scaling_places=recipe.transforms.scaling_places)
+        steps = insertion(
+            recipe.transforms.candidates,
+            seed=recipe.seed,
+            scaling_places=recipe.transforms.scaling_places,
+            hadamard_block=recipe.transforms.hadamard_block,
+        )
         _run(program, steps, verifier, dump_dir)
         _refuse_missing(program, recipe)
     with report.stage("local optimisation"):
         report.curves.update(_optimize(program, recipe, ids, work, progress))
     with report.stage("fold"):
-        _run(program, (FoldTransforms(), FreezeOnline()), verifier, dump_dir)
+        folding: list[Pass] = [FoldTransforms(), FreezeOnline()]
+        if target_of(recipe.target).epsilon_channel:
+            folding.append(CarryEpsilon())
+        _run(program, tuple(folding), verifier, dump_dir)
     if verifier is not None:
         report.preserved.update(verifier.errors)
 

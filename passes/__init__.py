@@ -41,7 +41,11 @@ FIND_SITES: tuple[Pass, ...] = (
 
 
 def insertion(
-    transforms: Collection[str], *, seed: int, scaling_places: Sequence[str]
+    transforms: Collection[str],
+    *,
+    seed: int,
+    scaling_places: Sequence[str],
+    hadamard_block: int = 0,
 ) -> tuple[Pass, ...]:
     """The passes that prepare the graph and insert the named transforms, in order."""
     steps: list[Pass] = [UntieWeights(), FoldNorms()]
@@ -54,7 +58,7 @@ def insertion(
     if "updown" in transforms:
         steps.append(InsertUpdown())
     if "hadamard" in transforms:
-        steps.append(InsertHadamard())
+        steps.append(InsertHadamard(hadamard_block))
     if "residual" in transforms:  # last: it is the one whose verification costs
         steps.append(InsertResidual(seed))
     return tuple(steps)

@@ -149,6 +149,14 @@ class InsertHadamard(Pass):
     requires = ("sites_found",)
     provides = ("hadamard_inserted",)
 
+    def __init__(self, block: int = 0) -> None:
+        """Take how many neighbours are mixed with each other.
+
+        Args:
+            block: channels; 0 mixes all, as does a block that does not divide the width.
+        """
+        self.block = block
+
     def run(self, program: Program) -> PassResult:
         """One map per MLP."""
         changed = 0
@@ -161,8 +169,12 @@ class InsertHadamard(Pass):
                 continue
             if name not in program.maps:
                 into = Port(site.down.weight, Side.IN, False)
-                insert_map(program, name, Hadamard(site.width), [into])
+                insert_map(program, name, self._map(site.width), [into])
             # Layers that share their weights share the map, and each computes it online.
             insert_online(program, name, program.maps[name], down)
             changed += 1
         return PassResult(changed)
+
+    def _map(self, width: int) -> Hadamard:
+        divides = self.block > 0 and width % self.block == 0
+        return Hadamard(width, blocks=width // self.block if divides else 1)

@@ -5,6 +5,7 @@ fake tensors) and a backward that recomputes the reference. Later passes and eve
 see these and not the dozen spellings that stand in exported models.
 
     sum_of_squares  x (..., d)                                     -> (..., 1)
+    unit_rms        x (..., d)                                     -> (..., d), (..., 1)
     rms_norm        x (..., d), gain (d,) or None                 -> (..., d)
     attention       q (B, H, S, D), k v (B, H_kv, T, D), mask      -> (B, H, S, D)
     fake_quantize   x any shape, scalar scale and zero-point       -> x's shape
@@ -39,6 +40,13 @@ def _rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     return wide(x).square().sum(-1, keepdim=True)
+
+
+def _unit_rms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` over its root mean square, and one over that."""
+    statistics = wide(x)
+    inverse = torch.rsqrt(statistics.square().mean(-1, keepdim=True))
+    return (statistics * inverse).to(x.dtype), inverse.to(x.dtype)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -152,3 +160,8 @@ linear = _define(
 embedding = _define(
     "embedding", "(Tensor ids, Tensor codes, Tensor scale, int bits) -> Tensor", _embedding
 )
+_unit_rms_op = torch.library.custom_op(
+    "fptq::unit_rms", _unit_rms, mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)"
+)
+_unit_rms_op.register_fake(_unit_rms)
+unit_rms = torch.ops.fptq.unit_rms.default

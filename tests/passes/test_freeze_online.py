@@ -34,6 +34,13 @@ def test_numbers() -> None:
     assert change(with_sites(ToyConfig(layers=1, mlp=64), *READY), FreezeOnline()) < EXACT
 
 
+def test_a_block_is_one_matmul() -> None:
+    steps = (InsertHadamard(16), FoldTransforms())
+    program = with_sites(ToyConfig(layers=1, mlp=64), *steps)
+    assert change(program, FreezeOnline()) < EXACT
+    assert pick(program, "mix") == "\nmix = mix(mul_5, None, %online.hadamard_16)\n"
+
+
 def test_all_layers_share_the_factors() -> None:
     program = with_sites(ToyConfig(), *READY)
     assert run(program, FreezeOnline()).changed == 2

@@ -43,6 +43,14 @@ def test_numbers() -> None:
         assert change(with_sites(ToyConfig(layers=1, mlp=width)), InsertHadamard()) < EXACT
 
 
+def test_blocks_where_they_divide_the_width() -> None:
+    expected = {128: "block diagonal, 2 blocks of 64 Hadamard", 40: "20 x 2 Hadamard"}
+    for width, words in expected.items():
+        program = with_sites(ToyConfig(layers=1, mlp=width))
+        assert change(program, InsertHadamard(64)) < EXACT
+        assert [m.describe() for m in program.maps.values()] == [words]
+
+
 def _share(toy: Toy) -> None:
     toy.model.layers[1].mlp = toy.model.layers[0].mlp
 

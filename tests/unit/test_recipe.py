@@ -30,6 +30,7 @@ DEMANDED = st.builds(
     where_possible=st.booleans(),
     scaling_places=st.sampled_from([(), ("o_proj",), ("down_proj", "o_proj")]),
     residual_learned=st.booleans(),
+    hadamard_block=st.sampled_from([0, 64, 512]),
 )
 RECIPES = st.builds(
     Recipe,
@@ -80,6 +81,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "where_possible = true\n"
         'scaling_places = ["down_proj"]\n'
         "residual_learned = true\n"
+        "hadamard_block = 64\n"
         "\n[weights]\n"
         "block = 0\n"
         "p = 2.0\n"
@@ -144,6 +146,7 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nnames = [1]", "expected a list of strings"),
         ("[transforms]\nwhere_possible = false", "'auto' takes each transform where it applies"),
         ("[transforms]\nscaling_places = ['v_proj']", "expected one of down_proj, o_proj"),
+        ("[transforms]\nhadamard_block = 48", "expected one of 0, 16, 32, 64, 128, 256, 512"),
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
         ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
         ("[cache]\nmax_length = 64", r"no cache to hold so many tokens; ask for one with --kv"),

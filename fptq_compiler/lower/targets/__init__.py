@@ -18,6 +18,7 @@ class Target:
         translations: from a frozen program to its emitters by operator.
         expansions: the forms of carried operators by name.
         packed_projections: whether attention reads query, key and value side by side.
+        epsilon_channel: whether a scaled stream carries its epsilon as a channel.
         opset: of the standard domain, 21 or later.
         ir_version: of the file.
         providers: ONNX Runtime's execution providers, in order.
@@ -28,6 +29,7 @@ class Target:
     translations: Callable[[Program], dict[Any, Callable[..., Any]]]
     expansions: Mapping[str, Callable[..., tuple[Any, ...]]]
     packed_projections: bool = False
+    epsilon_channel: bool = False
     opset: int = 21
     ir_version: int = 10
     providers: tuple[str, ...] = ("CPUExecutionProvider",)

@@ -24,6 +24,7 @@ register(
      "key_scale": FLOAT, "value_scale": FLOAT},
 )
 register(DOMAIN, "Positions", ("mask", "ids"), ("positions",), {})
+register(DOMAIN, "UnitRms", ("x",), ("normalized", "inverse"), {})
 _fptq = Opset(DOMAIN, 1)
 
 
@@ -78,3 +79,8 @@ def carry_attention(
 def carry_positions(mask: Any, ids: Any) -> Any:
     """The emitter of `fptq.positions`."""
     return _fptq.Positions(mask, ids)
+
+
+def carry_unit_rms(x: Any) -> Any:
+    """The emitter of `fptq.unit_rms`."""
+    return _fptq.UnitRms(x)

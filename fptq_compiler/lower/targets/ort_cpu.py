@@ -27,7 +27,7 @@ from fptq_compiler.lower.targets.cache import (
     plain_attention,
     split_heads,
 )
-from fptq_compiler.lower.targets.carried import Carried
+from fptq_compiler.lower.targets.carried import Carried, carry_unit_rms
 from fptq_compiler.lower.targets.causal import attention_in_pieces
 from fptq_compiler.lower.targets.schemas import register
 from fptq_compiler.lower.targets.types import INT4, INT8, INT32
@@ -133,6 +133,20 @@ def _lengths(op: Emitter, given: Carried) -> tuple[Any, Any]:
     return last, op.Cast(op.Squeeze(total), to=INT32)
 
 
+def unit_rms(op: Emitter, node: ir.Node) -> tuple[Any, Any]:
+    """`fptq.unit_rms` as one SimplifiedLayerNormalization, an operator of ONNX Runtime's own."""
+    (x,) = node.inputs
+    assert x is not None
+    assert x.shape is not None
+    width = x.shape[-1]
+    assert isinstance(width, int), x
+    gain = op.once(("ones", width), lambda home: home.Constant(value_floats=[1.0] * width))
+    found: tuple[Any, Any] = op.make(
+        "SimplifiedLayerNormalization", x, gain, outputs=2, axis=-1, epsilon=0.0, stash_type=1
+    )
+    return found
+
+
 def _integer_linear(
     x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, *, forms: qdq.Forms
 ) -> Any:
@@ -155,14 +169,17 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     def emit_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
         return _integer_linear(x, codes, scale, bias, bits, block, forms=forms)
 
-    return qdq.translations(program) | {ops.linear: emit_linear}
+    return qdq.translations(program) | {
+        ops.linear: emit_linear, ops.unit_rms: carry_unit_rms
+    }
 
 
 TARGET = Target(
     "ort-cpu",
     translations,
-    qdq.EXPANSIONS | {"CachedAttention": cached_attention},
+    qdq.EXPANSIONS | {"CachedAttention": cached_attention, "UnitRms": unit_rms},
     packed_projections=True,
+    epsilon_channel=True,
     opset=23,
     session_config=qdq.TARGET.session_config,
 )
