@@ -89,6 +89,13 @@ class Recipe:
         """Bits of the head: 16 where the weights are not quantised at all."""
         return 16 if self.bits.weights == 16 else self.weights.head_bits
 
+    @property
+    def hadamard_block(self) -> int:
+        """Channels that T_d mixes with each other; 0 is all."""
+        if self.transforms.hadamard_block is not None:
+            return self.transforms.hadamard_block
+        return 0 if self.bits.activations == 4 else 64
+
     def override(
         self,
         *,

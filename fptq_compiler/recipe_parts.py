@@ -85,6 +85,21 @@ def _write_transforms(names: tuple[str, ...] | None) -> object:
     return "auto" if names is None else names or "none"
 
 
+def read_block(name: str, value: object) -> int | None:
+    """Reads the TOML form of the Hadamard's block: "auto" or a number of channels."""
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        message = f"{name} is {value!r}, expected 'auto' or a whole number"
+        raise RecipeError(message)
+    return value
+
+
+def _write_block(block: int | None) -> object:
+    """Writes what `read_block` reads."""
+    return "auto" if block is None else block
+
+
 @dataclass(frozen=True)
 class TransformsRecipe:
     """Which transforms are inserted, and how.
@@ -97,7 +112,8 @@ class TransformsRecipe:
         residual_learned: train T_r; otherwise it stays the Hadamard it starts from.
         hadamard_block: channels that T_d mixes with each other, at run time one matmul with a
             matrix of that order; 0 mixes all, which costs two matmuls and a transpose. A width
-            that it does not divide is mixed whole.
+            that it does not divide is mixed whole. None is "auto": 0 for 4-bit activations,
+            which need it, else 64.
     """
 
     names: tuple[str, ...] | None = field(
@@ -106,10 +122,13 @@ class TransformsRecipe:
     where_possible: bool = True
     scaling_places: tuple[str, ...] = ("down_proj",)
     residual_learned: bool = True
-    hadamard_block: int = 64
+    hadamard_block: int | None = field(
+        default=None, metadata=spelled(read_block, _write_block)
+    )
 
     def __post_init__(self) -> None:
-        check_one_of("transforms.hadamard_block", self.hadamard_block, HADAMARD_BLOCKS)
+        if self.hadamard_block is not None:
+            check_one_of("transforms.hadamard_block", self.hadamard_block, HADAMARD_BLOCKS)
         for name in self.names or ():
             if name not in TRANSFORMS:
                 message = f"unknown transform {name!r}: {nearest(name, TRANSFORMS)}"

@@ -76,7 +76,7 @@ def transform(
             recipe.transforms.candidates,
             seed=recipe.seed,
             scaling_places=recipe.transforms.scaling_places,
-            hadamard_block=recipe.transforms.hadamard_block,
+            hadamard_block=recipe.hadamard_block,
         )
         _run(program, steps, verifier, dump_dir)
         _refuse_missing(program, recipe)

@@ -30,7 +30,7 @@ DEMANDED = st.builds(
     where_possible=st.booleans(),
     scaling_places=st.sampled_from([(), ("o_proj",), ("down_proj", "o_proj")]),
     residual_learned=st.booleans(),
-    hadamard_block=st.sampled_from([0, 64, 512]),
+    hadamard_block=st.sampled_from([None, 0, 64, 512]),
 )
 RECIPES = st.builds(
     Recipe,
@@ -81,7 +81,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "where_possible = true\n"
         'scaling_places = ["down_proj"]\n'
         "residual_learned = true\n"
-        "hadamard_block = 64\n"
+        'hadamard_block = "auto"\n'
         "\n[weights]\n"
         "block = 0\n"
         "p = 2.0\n"
@@ -147,6 +147,7 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nwhere_possible = false", "'auto' takes each transform where it applies"),
         ("[transforms]\nscaling_places = ['v_proj']", "expected one of down_proj, o_proj"),
         ("[transforms]\nhadamard_block = 48", "expected one of 0, 16, 32, 64, 128, 256, 512"),
+        ("[transforms]\nhadamard_block = 'all'", "expected 'auto' or a whole number"),
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
         ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
         ("[cache]\nmax_length = 64", r"no cache to hold so many tokens; ask for one with --kv"),
@@ -218,6 +219,13 @@ def test_tables_stay_in_float_where_weights_do() -> None:
     assert (Recipe().embedding_bits, Recipe().head_bits) == (8, 8)
     plain = Recipe().override(bits="16-8-8")
     assert (plain.embedding_bits, plain.head_bits) == (16, 16)
+
+
+def test_the_hadamard_is_whole_where_activations_have_four_bits() -> None:
+    blocks = [Recipe().override(bits=bits).hadamard_block for bits in ("4-8-8", "4-4-4")]
+    assert blocks == [64, 0]
+    fixed = Recipe(bits=Bits(4, 4, 4), transforms=TransformsRecipe(hadamard_block=32))
+    assert fixed.hadamard_block == 32
 
 
 def test_a_recipe_cannot_be_changed() -> None:

@@ -19,7 +19,7 @@ from onnxscript.values import Opset
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.emitter import Emitter
-from fptq_compiler.lower.targets import Target, qdq
+from fptq_compiler.lower.targets import Target, qdq, schemas
 from fptq_compiler.lower.targets.cache import (
     bias_of,
     decode,
@@ -29,7 +29,7 @@ from fptq_compiler.lower.targets.cache import (
 )
 from fptq_compiler.lower.targets.carried import Carried, carry_unit_rms
 from fptq_compiler.lower.targets.causal import attention_in_pieces
-from fptq_compiler.lower.targets.schemas import register
+from fptq_compiler.lower.targets.schemas import INT, register
 from fptq_compiler.lower.targets.types import INT4, INT8, INT32
 
 CONTRIB = "com.microsoft"
@@ -37,6 +37,10 @@ ALIGNED = 16  # channels: the fused kernel refuses other head sizes
 register(
     CONTRIB, "MatMulIntegerToFloat",
     ("A", "B", "a_scale", "b_scale", "a_zero_point?", "b_zero_point?", "bias?"), ("Y",), {},
+)
+register(  # of ONNX Runtime, though in the standard domain
+    "", "SimplifiedLayerNormalization", ("X", "scale"), ("Y", "inv_std_var?"),
+    {"axis": INT, "epsilon": schemas.FLOAT, "stash_type": INT},
 )
 contrib = Opset(CONTRIB, 1)
 
