@@ -25,6 +25,7 @@ register(
 )
 register(DOMAIN, "Positions", ("mask", "ids"), ("positions",), {})
 register(DOMAIN, "UnitRms", ("x",), ("normalized", "inverse"), {})
+register(DOMAIN, "RmsNorm", ("x", "gain?"), ("normalized",), {"epsilon": FLOAT})
 _fptq = Opset(DOMAIN, 1)
 
 
@@ -84,3 +85,8 @@ def carry_positions(mask: Any, ids: Any) -> Any:
 def carry_unit_rms(x: Any) -> Any:
     """The emitter of `fptq.unit_rms`."""
     return _fptq.UnitRms(x)
+
+
+def carry_rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
+    """The emitter of `fptq.rms_norm`."""
+    return _fptq.RmsNorm(x, gain, epsilon=epsilon)

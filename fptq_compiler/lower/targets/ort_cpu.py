@@ -1,10 +1,10 @@
 """Target `ort-cpu`: the forms of `qdq`, with ONNX Runtime's own operators where they are faster.
 
-linear            com.microsoft.MatMulIntegerToFloat, which adds the bias that the fusion of
-QDQ leaves outside
-cached_attention  for one token com.microsoft.GroupQueryAttention with RoPE and cache inside;
-for more Attention-23 on the decoded cache, for with a quantised cache the
-other kernel is four times slower there, and it takes no batch of chunks
+A linear is com.microsoft.MatMulIntegerToFloat, which adds the bias that the fusion of QDQ leaves
+outside. A norm is SimplifiedLayerNormalization, which stands in the standard domain but not in
+the standard. A cached attention is, for one token, com.microsoft.GroupQueryAttention with RoPE
+and cache inside; for more it is Attention-23 on the decoded cache, for with a quantised cache the
+other kernel is four times slower there, and it takes no batch of chunks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fptq_compiler.lower.targets.cache import (
     plain_attention,
     split_heads,
 )
-from fptq_compiler.lower.targets.carried import Carried, carry_unit_rms
+from fptq_compiler.lower.targets.carried import Carried, carry_rms_norm, carry_unit_rms
 from fptq_compiler.lower.targets.causal import attention_in_pieces
 from fptq_compiler.lower.targets.schemas import INT, register
 from fptq_compiler.lower.targets.types import INT4, INT8, INT32
@@ -138,17 +138,26 @@ def _lengths(op: Emitter, given: Carried) -> tuple[Any, Any]:
 
 
 def unit_rms(op: Emitter, node: ir.Node) -> tuple[Any, Any]:
-    """`fptq.unit_rms` as one SimplifiedLayerNormalization, an operator of ONNX Runtime's own."""
+    """`fptq.unit_rms` as one SimplifiedLayerNormalization, which gives both its results."""
     (x,) = node.inputs
-    assert x is not None
-    assert x.shape is not None
-    width = x.shape[-1]
-    assert isinstance(width, int), x
-    gain = op.once(("ones", width), lambda home: home.Constant(value_floats=[1.0] * width))
-    found: tuple[Any, Any] = op.make(
-        "SimplifiedLayerNormalization", x, gain, outputs=2, axis=-1, epsilon=0.0, stash_type=1
-    )
+    found: tuple[Any, Any] = _normalization(op, x, None, 0.0, outputs=2)
     return found
+
+
+def rms_norm(op: Emitter, node: ir.Node) -> tuple[Any]:
+    """`fptq.rms_norm` as one SimplifiedLayerNormalization."""
+    x, gain = (*node.inputs, None)[:2]
+    return (_normalization(op, x, gain, node.attributes["epsilon"].as_float(), outputs=1),)
+
+
+def _normalization(op: Emitter, x: Any, gain: Any, epsilon: float, outputs: int) -> Any:
+    if gain is None:
+        width = x.shape[-1]
+        gain = op.once(("ones", width), lambda home: home.Constant(value_floats=[1.0] * width))
+    return op.make(
+        "SimplifiedLayerNormalization", x, gain, outputs=outputs,
+        axis=-1, epsilon=epsilon, stash_type=1,
+    )
 
 
 def _integer_linear(
@@ -174,14 +183,17 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
         return _integer_linear(x, codes, scale, bias, bits, block, forms=forms)
 
     return qdq.translations(program) | {
-        ops.linear: emit_linear, ops.unit_rms: carry_unit_rms
+        ops.linear: emit_linear,
+        ops.rms_norm: carry_rms_norm,
+        ops.unit_rms: carry_unit_rms,
     }
 
 
 TARGET = Target(
     "ort-cpu",
     translations,
-    qdq.EXPANSIONS | {"CachedAttention": cached_attention, "UnitRms": unit_rms},
+    qdq.EXPANSIONS
+    | {"CachedAttention": cached_attention, "RmsNorm": rms_norm, "UnitRms": unit_rms},
     packed_projections=True,
     epsilon_channel=True,
     opset=23,
