@@ -16,7 +16,6 @@ from fptq_compiler.capture import capture, load_example_inputs
 from fptq_compiler.capture.source import Captured
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.lower import lower
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
@@ -28,6 +27,7 @@ from fptq_compiler.stages import (
     needs_calibration,
     quantize,
     refuse_without_sites,
+    take_in,
     transform,
     vocabulary_of,
 )
@@ -61,7 +61,8 @@ def compile_file(model: Path, output: Path, options: Options, progress: Progress
     with report.stage("capture"):
         examples = load_example_inputs(options.example_inputs) if options.example_inputs else None
         source = _take(
-            capture(model, trust_pickle=options.trust_pickle, example_inputs=examples)
+            capture(model, trust_pickle=options.trust_pickle, example_inputs=examples),
+            options.recipe,
         )
     return _compile(source, output, options, progress, report)
 
@@ -89,7 +90,7 @@ def compile_model(
     options = options or Options()
     report = _new_report(type(model).__name__, options.recipe)
     with report.stage("capture"):
-        source = _take(capture(model, example_inputs=example_inputs))
+        source = _take(capture(model, example_inputs=example_inputs), options.recipe)
     return _compile(source, Path(output), options, progress or SilentProgress(), report)
 
 
@@ -107,8 +108,8 @@ class _Source:
     language: SessionFile
 
 
-def _take(captured: Captured) -> _Source:
-    program = unlift(captured.program)
+def _take(captured: Captured, recipe: Recipe) -> _Source:
+    program = take_in(captured.program, cached=recipe.cache.enabled)
     language = SessionFile(
         context_length=captured.context_length,
         bos_token_id=captured.generation_start,
@@ -181,7 +182,7 @@ def inspect_file(
     examples = load_example_inputs(example_inputs) if example_inputs else None
     with report.stage("capture"):
         captured = capture(model, trust_pickle=trust_pickle, example_inputs=examples)
-    program = unlift(captured.program)
+    program = take_in(captured.program)
     report.size_before = _parameter_bytes(program)
     with report.stage("find sites"):
         run_passes(program, FIND_SITES)
@@ -196,7 +197,7 @@ def original_logits(
 ) -> tuple[Callable[[Tensor], Tensor], Path | None]:
     """The unquantised model as a function of token ids, and where its tokenizer lies."""
     captured = capture(model, trust_pickle=trust_pickle)
-    program = unlift(captured.program)
+    program = take_in(captured.program)
     return program.run, captured.tokenizer
 
 

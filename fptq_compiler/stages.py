@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import longest_sequence
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier
 from fptq_compiler.lower.targets import target_of
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
@@ -20,18 +22,39 @@ from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.add_cache import AddCache
 from fptq_compiler.passes.carry_epsilon import CarryEpsilon
 from fptq_compiler.passes.correct_bias import CorrectBias
+from fptq_compiler.passes.drop_inputs import DropInputs
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_online import FreezeOnline
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.pack_projections import PackProjections
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
+from fptq_compiler.passes.strip_cache import StripCache
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.recipe_parts import LONGEST_CACHE
 from fptq_compiler.report import Report
 from fptq_compiler.summary import applied_transforms
 from fptq_compiler.work import WorkFolder
+
+
+def take_in(exported: ExportedProgram, *, cached: bool = False) -> Program:
+    """The record that all stages work on, without the cache that a model was captured with.
+
+    Args:
+        exported: as captured.
+        cached: whether it gets a cache of ours, which needs token ids as its only input.
+
+    Raises:
+        UnsupportedModelError: a captured cache, or input, that cannot be taken out.
+        VerificationError: what is left computes something else.
+    """
+    program = unlift(exported)
+    steps: list[Pass] = [StripCache()]
+    if cached:
+        steps.append(DropInputs())
+    run_passes(program, steps)
+    return program
 
 
 def needs_calibration(recipe: Recipe) -> bool:

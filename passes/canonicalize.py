@@ -45,17 +45,23 @@ class Canonicalize(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Rewrite the whole graph; see the module docstring."""
-        changed = 0
-        for node in list(program.graph.nodes):
-            if node.op == "call_function" and str(node.target) in WRAPPERS:
-                _inline(program.module, node)
-                changed += 1
+        changed = inline_wrappers(program)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and _drop(node):
                 changed += 1
         _refuse_mutation(program)
         _refuse_dropout(program)
         return PassResult(changed)
+
+
+def inline_wrappers(program: Program) -> int:
+    """Put what grad-mode and autocast wrappers hold in their place; gives how many there were."""
+    wrappers = [
+        n for n in program.graph.nodes if n.op == "call_function" and str(n.target) in WRAPPERS
+    ]
+    for node in wrappers:
+        _inline(program.module, node)
+    return len(wrappers)
 
 
 def _inline(module: GraphModule, node: Node) -> None:

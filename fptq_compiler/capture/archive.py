@@ -2,6 +2,7 @@
 
 `torch.export.load` unpickles and evaluates parts of the file. So every part is checked first,
 then the same open file is handed to torch, with full unpickling switched off for that time.
+The example inputs, which only torch's own tools need, are not read at all.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import logging
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from fptq_compiler.capture.archive_parts import ArchiveParts, check_payloads
+from fptq_compiler.capture.archive_reader import plain_reader
 from fptq_compiler.capture.program_text import check_program_text
 from fptq_compiler.errors import CaptureError
 
@@ -73,9 +75,7 @@ def _load_checked(
     file: IO[bytes], origin: str, *, trust_pickle: bool
 ) -> torch.export.ExportedProgram:
     try:
-        if trust_pickle:
-            return torch.export.load(file)
-        with _weights_only():
+        with plain_reader(), nullcontext() if trust_pickle else _weights_only():
             return torch.export.load(file)
     except Exception as error:
         reason = str(error.__context__ or error).strip() or type(error).__name__

@@ -19,6 +19,7 @@ import torch
 from torch._export.serde.schema import ScalarType
 from torch._export.serde.serialize import deserialize_scalar_type
 
+from fptq_compiler.capture.archive_reader import SAMPLES
 from fptq_compiler.errors import CaptureError
 
 _CHUNK = 1 << 22  # bytes read at a time while checking checksums
@@ -117,7 +118,7 @@ class ArchiveParts:
 
 
 def check_payloads(parts: ArchiveParts, origin: str, *, trust_pickle: bool) -> None:
-    """Check weights, constants and example inputs against what they claim to be.
+    """Check weights and constants against what they claim to be; example inputs are never read.
 
     Tensors stored as bytes must be as large as declared. Everything that torch would unpickle
     must load with `weights_only=True`, unless `trust_pickle`.
@@ -126,7 +127,7 @@ def check_payloads(parts: ArchiveParts, origin: str, *, trust_pickle: bool) -> N
         CaptureError: naming the part.
     """
     for name in parts.names():
-        if name.endswith(".pt") and not name.startswith("extra/"):
+        if name.endswith(".pt") and not name.startswith(("extra/", SAMPLES)):
             check_pickle(parts.read(name), name, origin, trust_pickle=trust_pickle)
     for kind in ("weights", "constants"):
         table = f"data/{kind}/model_{kind}_config.json"

@@ -42,6 +42,7 @@ _OPERATORS = (
 _LARGEST_INTEGER = 2**64
 _LARGEST_EXPONENT = 16
 _DEEPEST = 64
+_GUARD_FUNCTIONS = frozenset({"min", "max"})
 _GUARD_METHODS = frozenset({"size", "stride", "storage_offset", "dim"})
 
 
@@ -112,7 +113,7 @@ def _visit(node: ast.expr, *, guard: bool, depth: int) -> None:
             _visit_symbol(node)
             return
         case ast.Call(func=ast.Name(id=name), args=children, keywords=keywords) if (
-            name in _FUNCTIONS
+            name in _FUNCTIONS or (guard and name in _GUARD_FUNCTIONS)
         ):
             if name == "Float":
                 _visit_float(node)

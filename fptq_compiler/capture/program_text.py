@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
+from fptq_compiler.capture.archive_reader import CACHES
 from fptq_compiler.capture.expression_text import check_expression, check_guard
 from fptq_compiler.errors import CaptureError
 
@@ -149,9 +150,11 @@ def _check_tree(value: object, part: str, field: str) -> None:
 
 def _walk_tree(tree: Mapping[str, Any], part: str, field: str) -> None:
     kind, context = tree["type"], tree["context"]
-    if kind not in _TREE_TYPES and not (isinstance(kind, str) and _TREE_PREFIX.fullmatch(kind)):
+    cache = kind in CACHES  # torch sees a tuple in its place, and never its context
+    named = isinstance(kind, str) and _TREE_PREFIX.fullmatch(kind)
+    if kind not in _TREE_TYPES and not cache and not named:
         _refuse(part, field, kind, "a list, tuple or dict of tensors")
-    if context is not None:
+    if context is not None and not cache:
         keys = json.loads(context)
         for key in keys if isinstance(keys, list) else []:
             _check_name(key, part, field)
