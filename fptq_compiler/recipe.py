@@ -108,6 +108,8 @@ class Recipe:
         seed: int | None = None,
         kv_cache: bool | None = None,
         max_length: int | None = None,
+        embedding_bits: int | None = None,
+        head_bits: int | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -121,9 +123,11 @@ class Recipe:
             seed: of every random draw.
             kv_cache: whether the file has a cache.
             max_length: tokens that the cache may hold.
+            embedding_bits: of the embedding table.
+            head_bits: of the head.
 
         Raises:
-            RecipeError: a value does not exist or is out of range.
+            RecipeError: a value does not exist, is out of range, or contradicts another one.
         """
         changed: dict[str, Any] = {"target": target, "verify": verify, "seed": seed}
         if bits is not None:
@@ -139,10 +143,21 @@ class Recipe:
         cache = {"enabled": kv_cache, "max_length": max_length}
         asked: dict[str, Any] = {k: v for k, v in cache.items() if v is not None}
         changed["cache"] = replace(self.cache, **asked)
+        tables = {"embedding_bits": embedding_bits, "head_bits": head_bits}
+        wanted = {key: value for key, value in tables.items() if value is not None}
+        changed["weights"] = replace(self.weights, **wanted)
         sizes = {"samples": samples, "length": sequence_length}
         given = {key: value for key, value in sizes.items() if value is not None}
         changed["calibration"] = replace(self.calibration, **given)
-        return replace(self, **{key: value for key, value in changed.items() if value is not None})
+        made = replace(self, **{key: value for key, value in changed.items() if value is not None})
+        if made.bits.weights == 16 and any(value != 16 for value in wanted.values()):
+            flags = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in wanted.items())
+            message = (
+                f"{flags}: at {made.bits} the weights stay in float, and embedding and head "
+                "with them; quantise the weights, or leave it out"
+            )
+            raise RecipeError(message)
+        return made
 
     def to_toml(self) -> str:
         """Writes the whole recipe, defaults included; `from_toml` gives an equal one back."""

@@ -1,7 +1,7 @@
 """Replace fake quantisers by what ships: integer codes for weights, literals for activations.
 
 A weight quantiser and its linear become `fptq.linear` on codes (K, N); an embedding becomes
-`fptq.embedding` on codes (V, d). The codes come from the function that training used.
+`fptq.embedding` on codes (V, d), in INT4 two to a byte. The codes come from the function that training used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fptq_compiler.graph.program import Program, WeightQuantizer
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
 from fptq_compiler.quant.grid import round_zero_point
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
+from fptq_compiler.quant.pairs import pack_pairs
 
 aten = torch.ops.aten
 
@@ -59,7 +60,11 @@ def _freeze_weight(program: Program, quantizer: WeightQuantizer, edge: Node) -> 
     codes, scale = module.codes(weight), module.scale.detach()
     embeds = quantizer.role == "embedding"
     codes_name, scale_name = f"{quantizer.parameter}_codes", f"{quantizer.parameter}_scale"
-    set_parameter(program.module, codes_name, codes if embeds else codes.t().contiguous())
+    if embeds:
+        stored_codes = pack_pairs(codes) if quantizer.bits == 4 else codes
+    else:
+        stored_codes = codes.t().contiguous()
+    set_parameter(program.module, codes_name, stored_codes)
     set_parameter(program.module, scale_name, scale if embeds else scale.t().contiguous())
     for reader in list(edge.users):
         stored = get_parameter(program.graph, reader, codes_name, program.parameter(codes_name))

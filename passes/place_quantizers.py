@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.edges import weight_end
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
@@ -54,6 +55,7 @@ class PlaceQuantizers(Pass):
                 _place_weight(program, node, 1, bits, block, "head" if is_head else "linear")
         if self.weights != FLOAT_BITS and self.embedding_bits != FLOAT_BITS:
             for node in program.call_nodes(aten.embedding.default):
+                _refuse_odd_rows(node, self.embedding_bits)
                 _place_weight(program, node, 0, self.embedding_bits, 0, "embedding")
         if self.activations != FLOAT_BITS:
             self._place_inputs(program, linears, heads)
@@ -89,6 +91,16 @@ def head_linears(program: Program) -> set[Node]:
         if node.target is aten.linear.default:
             found.add(node)
     return found
+
+
+def _refuse_odd_rows(table: Node, bits: int) -> None:
+    width = int(table.meta["val"].shape[-1])
+    if bits == 4 and width % 2:
+        message = (
+            f"{table.name}: INT4 codes of an embedding stand two to a byte, and its rows have "
+            f"{width} values, an odd number; use --embedding-bits 8"
+        )
+        raise UnsupportedModelError(message)
 
 
 def _place_weight(program: Program, reader: Node, position: int, bits: int, block: int,

@@ -46,6 +46,14 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "4-8-8 in the built-in recipes.",
 )
 @click.option(
+    "--embedding-bits", type=int, metavar="4|8|16",
+    help="Bits of the embedding table, a scale a row; 8 in the built-in recipes.",
+)
+@click.option(
+    "--head-bits", type=int, metavar="4|8|16",
+    help="Bits of the head, a scale an output channel; 8 in the built-in recipes.",
+)
+@click.option(
     "--transforms",
     metavar="LIST|none|auto",
     help=f"Names with commas between, of {', '.join(TRANSFORMS)}: each is demanded, and one "
@@ -124,6 +132,8 @@ def command(
     output: Path,
     recipe: str,
     bits: str | None,
+    embedding_bits: int | None,
+    head_bits: int | None,
     transforms: str | None,
     calibration: Path | None,
     tokenizer: Path | None,
@@ -162,6 +172,8 @@ def command(
         seed=seed,
         kv_cache=kv_cache,
         max_length=max_length,
+        embedding_bits=embedding_bits,
+        head_bits=head_bits,
     )
     check_output(model, output)
     check_device(device)

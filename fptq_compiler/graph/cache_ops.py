@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fptq_compiler.graph.ops import attention_reference
 from fptq_compiler.quant.grid import Grid, quantize
+from fptq_compiler.quant.pairs import pack_pairs, unpack_pairs
 
 CACHE_DTYPES = {16: torch.float32, 8: torch.int8, 4: torch.uint8}
 
@@ -57,18 +58,6 @@ def decode(cache: Tensor, scale: float, bits: int, dtype: torch.dtype) -> Tensor
         return cache
     codes = cache if bits == 8 else unpack_pairs(cache)
     return codes.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
-
-
-def pack_pairs(codes: Tensor) -> Tensor:
-    """INT4 codes (..., D) as UINT8 (..., D / 2)."""
-    shifted = (codes + 8).to(torch.uint8)
-    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
-
-
-def unpack_pairs(packed: Tensor) -> Tensor:
-    """UINT8 (..., D / 2) as INT4 codes (..., D) in INT8."""
-    pairs = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-    return pairs.to(torch.int8) - 8
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ see these and not the dozen spellings that stand in exported models.
                     (role: "linear input", "head input", "key" or "value", for the target)
     linear          x (..., K), integer codes (K, N), scale        -> (..., N)
     embedding       ids (...), integer codes (V, d), scale (V,)    -> (..., d)
+                    (INT4 codes two to a byte, UINT8 (V, d / 2))
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from fptq_compiler.quant.grid import Grid
 from fptq_compiler.quant.grid import fake_quantize as fake_quantize_on_grid
+from fptq_compiler.quant.pairs import unpack_pairs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -102,7 +104,8 @@ def _linear(
 
 
 def _embedding(ids: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return codes[ids].to(scale.dtype) * scale[ids].unsqueeze(-1)
+    rows = unpack_pairs(codes[ids]) if bits == 4 else codes[ids]
+    return rows.to(scale.dtype) * scale[ids].unsqueeze(-1)
 
 
 def _define(name: str, schema: str, reference: Callable[..., Tensor]) -> Any:

@@ -59,7 +59,7 @@ def lower(
             expand(model, target.expansions)
             model.opset_imports[""] = target.opset
             pack_int4(model)
-            report.audit = audit(program, model, recipe.bits.weights)
+            report.audit = audit(program, model, recipe.bits.weights, recipe.head_bits)
             save(model, staged, _metadata(program, report, recipe), target.ir_version)
             del model
             progress.advance(1, "written")

@@ -5,31 +5,42 @@ from __future__ import annotations
 from collections import defaultdict
 
 import onnx_ir as ir
+from torch.fx import Node
 
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.report import AuditRow
 
 FLOAT_BITS = 16
 FLOAT = ir.DataType.FLOAT
+UINT8 = ir.DataType.UINT8
 NAMES = {"linear": "linear weights", "head": "head", "embedding": "embedding"}
 
 
-def audit(program: Program, model: ir.Model, weight_bits: int) -> list[AuditRow]:
+def audit(
+    program: Program, model: ir.Model, weight_bits: int, head_bits: int
+) -> list[AuditRow]:
     """One row for each kind of tensor and type.
 
     With quantised weights a matmul that still multiplies by a float weight is not what was
-    asked for, whatever the reason: its row says so.
+    asked for, whatever the reason: its row says so. The head alone may be asked for in float.
     """
     float_weights = _float_matmul_weights(model) if weight_bits < FLOAT_BITS else set()
+    residual = program.sites.residual
+    if head_bits == FLOAT_BITS and residual is not None:
+        float_weights.discard(residual.head.weight)
     wanted = {
         f"{q.parameter}_codes": (NAMES[q.role], f"INT{q.bits}") for q in program.weight_quantizers
     }
+    widths = _embedding_widths(program)
     rows: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None:
             continue
         written = tensor.dtype.name
+        if tensor.dtype == UINT8 and 2 * tensor.shape[-1] == widths.get(str(name)):
+            written = "INT4"  # two to a byte
         kind, requested = wanted.get(str(name), (_kind(str(name)), written))
         if str(name) in float_weights:
             kind, requested = "float weights of matmuls", f"INT{weight_bits}"
@@ -37,6 +48,16 @@ def audit(program: Program, model: ir.Model, weight_bits: int) -> list[AuditRow]
         row[0] += 1
         row[1] += tensor.nbytes
     return [AuditRow(*key, count, size) for key, (count, size) in sorted(rows.items())]
+
+
+def _embedding_widths(program: Program) -> dict[str, int]:
+    """How many values stand for a token, by the name of the codes."""
+    found = {}
+    for node in program.call_nodes(ops.embedding):
+        codes = node.args[1]
+        assert isinstance(codes, Node)
+        found[str(codes.target)] = int(node.meta["val"].shape[-1])
+    return found
 
 
 def _float_matmul_weights(model: ir.Model) -> set[str]:

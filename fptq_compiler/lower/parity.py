@@ -26,6 +26,7 @@ from fptq_compiler.graph import cache_ops, evaluate, ops
 from fptq_compiler.graph.evaluate import Environment, bind_inputs, last_uses, run_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.contract import ACCURACY_LEVEL, session_options
+from fptq_compiler.quant.pairs import unpack_pairs
 
 TIE = 0.02  # of a code: values this near to a tie may round either way
 LOGITS = 1e-4  # relative to the largest logit, with ties taken over
@@ -182,7 +183,7 @@ def _weight_codes_equal(program: Program, model: ir.Model) -> bool:
         if stored is None or stored.const_value is None:
             return False
         expected = program.parameter(name).numpy()
-        if not np.array_equal(stored.const_value.numpy().astype(np.int8), expected):
+        if not np.array_equal(stored.const_value.numpy().astype(expected.dtype), expected):
             return False
     return True
 
@@ -269,7 +270,7 @@ def _compare_stored(
         new = stored[:, :, stored.shape[2] - values.shape[2] :]
         if bits == 16:
             continue
-        codes = new if bits == 8 else cache_ops.unpack_pairs(new)
+        codes = new if bits == 8 else unpack_pairs(new)
         _count(values, codes.float(), scale, (-half, half - 1), parity)
     return (arguments.attend(*theirs), *theirs)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets.carried import Carried
+from fptq_compiler.lower.targets.pairs import byte, unpack_pairs
 from fptq_compiler.lower.targets.types import BOOL, FLOAT, INT8, UINT8
 
 LOWEST = -3.0e38  # added to a score it hides the key; -inf would make rows of NaN
@@ -79,25 +80,15 @@ def encode(op: Emitter, x: Any, scale: float, bits: int) -> Any:
     shifted = op.Cast(op.Sub(codes, op.float(low)), to=UINT8)
     even = op.Slice(shifted, op.ints(0), op.ints(_END), op.ints(-1), op.ints(2))
     odd = op.Slice(shifted, op.ints(1), op.ints(_END), op.ints(-1), op.ints(2))
-    return op.BitwiseOr(even, op.BitShift(odd, _byte(op, 4), direction="LEFT"))
+    return op.BitwiseOr(even, op.BitShift(odd, byte(op, 4), direction="LEFT"))
 
 
 def decode(op: Emitter, cache: Any, scale: float, bits: int, head: int) -> Any:
     """The values of codes (B, H_kv, T, D)."""
     if bits == 16:
         return cache
-    if bits == 8:
-        return op.Mul(op.Cast(cache, to=FLOAT), op.float(scale))
-    low = op.BitwiseAnd(cache, _byte(op, 15))
-    high = op.BitShift(cache, _byte(op, 4), direction="RIGHT")
-    pairs = op.Concat(op.Unsqueeze(low, op.ints(4)), op.Unsqueeze(high, op.ints(4)), axis=4)
-    codes = op.Cast(op.Reshape(pairs, op.ints(0, 0, -1, head)), to=FLOAT)
-    shifted = op.Sub(codes, op.float(8.0))
-    return op.Mul(shifted, op.float(scale))
-
-
-def _byte(op: Emitter, value: int) -> Any:
-    return op.Cast(op.int(value), to=UINT8)
+    codes = op.Cast(cache, to=FLOAT) if bits == 8 else unpack_pairs(op, cache, (0, 0, -1, head))
+    return op.Mul(codes, op.float(scale))
 
 
 def grouped_attention(op: Emitter, q: Any, k: Any, v: Any, bias: Any, heads: int, kv_heads: int,

@@ -1,10 +1,11 @@
 """Target `ort-cpu`: the forms of `qdq`, with ONNX Runtime's own operators where they are faster.
 
 A linear is com.microsoft.MatMulIntegerToFloat, which adds the bias that the fusion of QDQ leaves
-outside. A norm is SimplifiedLayerNormalization, which stands in the standard domain but not in
-the standard. A cached attention is, for one token, com.microsoft.GroupQueryAttention with RoPE
-and cache inside; for more it is Attention-23 on the decoded cache, for with a quantised cache the
-other kernel is four times slower there, and it takes no batch of chunks.
+outside. An INT4 table is read by com.microsoft.GatherBlockQuantized, a block a row. A norm is
+SimplifiedLayerNormalization, which stands in the standard domain but not in the standard. A
+cached attention is, for one token, com.microsoft.GroupQueryAttention with RoPE and cache inside;
+for more it is Attention-23 on the decoded cache, for with a quantised cache the other kernel is
+four times slower there, and it takes no batch of chunks.
 """
 
 from __future__ import annotations
@@ -38,11 +39,16 @@ register(
     CONTRIB, "MatMulIntegerToFloat",
     ("A", "B", "a_scale", "b_scale", "a_zero_point?", "b_zero_point?", "bias?"), ("Y",), {},
 )
-register(  # of ONNX Runtime, though in the standard domain
+register(
+    CONTRIB, "GatherBlockQuantized", ("data", "indices", "scales"), ("output",),
+    {"bits": INT, "block_size": INT, "gather_axis": INT, "quantize_axis": INT},
+)
+register(  # ONNX Runtime's own, though in the standard domain
     "", "SimplifiedLayerNormalization", ("X", "scale"), ("Y", "inv_std_var?"),
     {"axis": INT, "epsilon": schemas.FLOAT, "stash_type": INT},
 )
 contrib = Opset(CONTRIB, 1)
+SMALLEST_BLOCK = 16  # of GatherBlockQuantized, whose blocks are powers of two
 
 
 def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
@@ -175,6 +181,18 @@ def _integer_linear(
     )
 
 
+def _embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
+    """GatherBlockQuantized on INT4 codes; others as in `qdq`, where one Gather is as fast."""
+    if bits != 4:
+        return qdq.embedding(ids, codes, scale, bits)
+    width = 2 * codes.shape[1]
+    row = max(SMALLEST_BLOCK, 1 << (width - 1).bit_length())
+    scales = opset.Unsqueeze(scale, opset.Constant(value_ints=[1]))
+    return contrib.GatherBlockQuantized(
+        codes, ids, scales, bits=4, block_size=row, gather_axis=0, quantize_axis=1
+    )
+
+
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     """The emitters by operator, for torch.onnx.export's custom_translation_table."""
     forms = qdq.forms_of(program)
@@ -184,6 +202,7 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
 
     return qdq.translations(program) | {
         ops.linear: emit_linear,
+        ops.embedding: _embedding,
         ops.rms_norm: carry_rms_norm,
         ops.unit_rms: carry_unit_rms,
     }

@@ -2,7 +2,7 @@
 
     linear         DequantizeLinear(Cast(INT4 codes (K, N) -> INT8), axis 1) into MatMul
     fake_quantize  QuantizeLinear and DequantizeLinear on UINT8, behind a Clip for 4-bit codes
-    embedding      Gather of INT8 codes, times the gathered scale
+    embedding      Gather of codes, INT4 ones two to a byte, times the gathered scale
     attention      MatMul, Softmax, MatMul, with grouped queries by reshape
     rms_norm       ReduceMean, Sqrt, Div
 
@@ -29,6 +29,7 @@ from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.expand import Expansion
 from fptq_compiler.lower.targets import Target, cache
 from fptq_compiler.lower.targets.carried import Carried, carry_attention, carry_positions
+from fptq_compiler.lower.targets.pairs import unpack_pairs
 from fptq_compiler.lower.targets.types import FLOAT, INT4, INT8, UINT8
 
 
@@ -72,7 +73,11 @@ def relu(x: Any) -> Any:
 
 def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
     """Rows of codes and of scales, gathered; multiplied in float."""
-    rows = op.Cast(op.Gather(codes, ids), to=FLOAT)
+    rows = op.Gather(codes, ids)
+    if bits == 4:
+        rows = unpack_pairs(op, rows, [*[0] * len(ids.shape), 2 * _size(codes, 1)])
+    else:
+        rows = op.Cast(rows, to=FLOAT)
     return op.Mul(rows, op.Unsqueeze(op.Gather(scale, ids), op.Constant(value_ints=[-1])))
 
 
