@@ -78,6 +78,18 @@ class Recipe:
         check_one_of("target", self.target, TARGETS)
         check_one_of("verify", self.verify, VERIFY_LEVELS)
         check_at_least("seed", self.seed, 0)
+        if self.weights.matmulnbits_accuracy_level == 4 and not self.weight_only:
+            message = (
+                f"weights.matmulnbits_accuracy_level is 4, but at {self.bits} no linear runs in "
+                "MatMulNBits; it is for weights alone, for example 4-16-16"
+            )
+            raise RecipeError(message)
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether linears read codes of weights, but no codes of activations."""
+        coded = 4 in (self.bits.weights, self.head_bits) or self.weights.block > 0
+        return coded and self.bits.weights != 16 and self.bits.activations == 16
 
     @property
     def embedding_bits(self) -> int:
@@ -110,6 +122,7 @@ class Recipe:
         max_length: int | None = None,
         embedding_bits: int | None = None,
         head_bits: int | None = None,
+        matmulnbits_accuracy_level: int | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -125,6 +138,7 @@ class Recipe:
             max_length: tokens that the cache may hold.
             embedding_bits: of the embedding table.
             head_bits: of the head.
+            matmulnbits_accuracy_level: 1 or 4, where activations stay in float.
 
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
@@ -145,7 +159,12 @@ class Recipe:
         changed["cache"] = replace(self.cache, **asked)
         tables = {"embedding_bits": embedding_bits, "head_bits": head_bits}
         wanted = {key: value for key, value in tables.items() if value is not None}
-        changed["weights"] = replace(self.weights, **wanted)
+        changed["weights"] = replace(
+            self.weights, **wanted,
+            matmulnbits_accuracy_level=(
+                matmulnbits_accuracy_level or self.weights.matmulnbits_accuracy_level
+            ),
+        )
         sizes = {"samples": samples, "length": sequence_length}
         given = {key: value for key, value in sizes.items() if value is not None}
         changed["calibration"] = replace(self.calibration, **given)

@@ -27,6 +27,7 @@ LONGEST_CACHE: Final = 8192
 WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
 HADAMARD_BLOCKS: Final = (0, 16, 32, 64, 128, 256, 512)
+ACCURACY_LEVELS: Final = (1, 4)
 SINKS: Final = ("first-position", "none")
 OBJECTIVES: Final = ("weights", "activations")
 
@@ -160,6 +161,9 @@ class WeightsRecipe:
         p: power of the norm |w - ŵ|^p that the clip search minimises.
         embedding_bits: of the embedding table, a scale per row.
         head_bits: of the head, a scale per output channel.
+        matmulnbits_accuracy_level: ONNX Runtime's, of linears whose activations are not
+            quantised: 1 is float, 4 quantises activations to INT8 on the fly, which is faster
+            and no longer weight-only.
         bias_correction: give every linear the bias that keeps its mean output.
     """
 
@@ -167,6 +171,7 @@ class WeightsRecipe:
     p: float = 2.0
     embedding_bits: int = 8
     head_bits: int = 8
+    matmulnbits_accuracy_level: int = 1
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -174,6 +179,9 @@ class WeightsRecipe:
         check_at_least("weights.p", self.p, 1.0)
         check_one_of("weights.embedding_bits", self.embedding_bits, WIDTHS)
         check_one_of("weights.head_bits", self.head_bits, WIDTHS)
+        check_one_of(
+            "weights.matmulnbits_accuracy_level", self.matmulnbits_accuracy_level, ACCURACY_LEVELS
+        )
 
 
 @dataclass(frozen=True)

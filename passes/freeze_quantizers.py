@@ -1,7 +1,8 @@
 """Replace fake quantisers by what ships: integer codes for weights, literals for activations.
 
 A weight quantiser and its linear become `fptq.linear` on codes (K, N); an embedding becomes
-`fptq.embedding` on codes (V, d), in INT4 two to a byte. The codes come from the function that training used.
+`fptq.embedding` on codes (V, d), in INT4 two to a byte. The codes come from the function that
+training used.
 """
 
 from __future__ import annotations

@@ -54,6 +54,11 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Bits of the head, a scale an output channel; 8 in the built-in recipes.",
 )
 @click.option(
+    "--matmulnbits-accuracy-level", type=int, metavar="1|4",
+    help="Of weight-only settings such as 4-16-16: 1 multiplies in float (the default), 4 "
+    "quantises activations to INT8 on the fly, which is faster and not W4A16.",
+)
+@click.option(
     "--transforms",
     metavar="LIST|none|auto",
     help=f"Names with commas between, of {', '.join(TRANSFORMS)}: each is demanded, and one "
@@ -134,6 +139,7 @@ def command(
     bits: str | None,
     embedding_bits: int | None,
     head_bits: int | None,
+    matmulnbits_accuracy_level: int | None,
     transforms: str | None,
     calibration: Path | None,
     tokenizer: Path | None,
@@ -174,6 +180,7 @@ def command(
         max_length=max_length,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
+        matmulnbits_accuracy_level=matmulnbits_accuracy_level,
     )
     check_output(model, output)
     check_device(device)

@@ -10,11 +10,17 @@ from torch import Tensor
 from fptq_compiler.errors import VerificationError
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.audit import audit
-from fptq_compiler.lower.contract import contract_of, optimized_kernels
+from fptq_compiler.lower.contract import (
+    ACCURACY_LEVEL,
+    arithmetic_of,
+    contract_of,
+    optimized_kernels,
+)
 from fptq_compiler.lower.expand import expand
 from fptq_compiler.lower.export import to_onnx
 from fptq_compiler.lower.packing import pack_int4
 from fptq_compiler.lower.parity import check_parity
+from fptq_compiler.lower.share import share_equal
 from fptq_compiler.lower.targets import target_of
 from fptq_compiler.lower.write import publish, save, staging
 from fptq_compiler.progress import Progress
@@ -59,6 +65,7 @@ def lower(
             expand(model, target.expansions)
             model.opset_imports[""] = target.opset
             pack_int4(model)
+            share_equal(model, {f"{q.parameter}_codes" for q in program.weight_quantizers})
             report.audit = audit(program, model, recipe.bits.weights, recipe.head_bits)
             save(model, staged, _metadata(program, report, recipe), target.ir_version)
             del model
@@ -84,10 +91,14 @@ def lower(
                 "Report this with the model; --force writes the file all the same."
             )
             raise VerificationError(message)
+        arithmetic = arithmetic_of(recipe)
+        if arithmetic is not None:
+            report.decisions.append(f"linears: {arithmetic}; the file was checked at level 1")
+        level = {ACCURACY_LEVEL: str(recipe.weights.matmulnbits_accuracy_level)}
         report.decisions += [f"WRITTEN BY --force ALTHOUGH: {f}" for f in failures]
         write_session_file(staged, replace(
             language, target=target.name, providers=target.providers,
-            session_config=dict(target.session_config),
+            session_config={**target.session_config, **level}, arithmetic=arithmetic,
         ))
         report.size_after = publish(staged, output)
     progress.done()

@@ -19,6 +19,7 @@ from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets.qdq import forms_of
+from fptq_compiler.recipe import Recipe
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -65,6 +66,16 @@ def contract_of(program: Program) -> Contract:
         elif bits == 4 or block:
             weight_only += 1
     return Contract(integer, weight_only)
+
+
+def arithmetic_of(recipe: Recipe) -> str | None:
+    """What weight-only linears do, in words, where that is not what the bits say."""
+    weights = recipe.bits.weights
+    if recipe.weights.matmulnbits_accuracy_level != 4:
+        return None
+    return (
+        f"W{weights} with dynamic INT8 activations (accuracy level 4), not W{weights}A16"
+    )
 
 
 def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:

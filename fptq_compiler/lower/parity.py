@@ -25,7 +25,7 @@ from torch.fx import Node
 from fptq_compiler.graph import cache_ops, evaluate, ops
 from fptq_compiler.graph.evaluate import Environment, bind_inputs, last_uses, run_node
 from fptq_compiler.graph.program import Program
-from fptq_compiler.lower.contract import ACCURACY_LEVEL, session_options
+from fptq_compiler.lower.contract import ACCURACY_LEVEL, contract_of, session_options
 from fptq_compiler.quant.pairs import unpack_pairs
 
 TIE = 0.02  # of a code: values this near to a tie may round either way
@@ -44,7 +44,7 @@ class Parity:
         worst: how far beyond a tie, in codes, the worst of those lies.
         logits: relative error of the logits with ties taken over.
         free_logits: the same as both run by themselves, ties and their consequences included.
-        level4_logits: what ONNX Runtime's default accuracy level changes (weight-only), or None.
+        level4_logits: what accuracy level 4 changes where only weights are quantised, or None.
     """
 
     weight_codes_equal: bool = True
@@ -83,7 +83,7 @@ class Parity:
             "logits, relative, ties not taken over": self.free_logits,
         }
         if self.level4_logits is not None:
-            found["logits, relative, at ONNX Runtime's default accuracy level 4"] = (
+            found["logits, relative, at accuracy level 4, ONNX Runtime's default"] = (
                 self.level4_logits
             )
         return found
@@ -125,7 +125,7 @@ def check_parity(
     del session
     exposed.unlink()
     (folder / "exposed.data").unlink(missing_ok=True)
-    if not names and any(n.args[4] == 4 for n in program.call_nodes(ops.linear)):
+    if not names and contract_of(program).weight_only_linears:
         fast = _session(path, {**config, ACCURACY_LEVEL: "4"})
         (inputs, *_) = _runs(program, ids, fast)
         (logits,) = fast.run(["logits"], _feeds(program, inputs))

@@ -32,6 +32,7 @@ class SessionFile:
         context_length: the most tokens of one sequence, past and new; None if not known.
         bos_token_id: begins a text; None if the model has none.
         eos_token_ids: each of them ends a text.
+        arithmetic: in words, what the linears do where that is not what the bits say; or None.
     """
 
     target: str = "qdq"
@@ -40,6 +41,7 @@ class SessionFile:
     context_length: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    arithmetic: str | None = None
 
     def to_json(self) -> str:
         """Gives the file's text."""
@@ -108,6 +110,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_text_or_null(value: Any) -> bool:
+    return value is None or _is_text(value)
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
@@ -139,6 +145,7 @@ _EXPECTED: Final[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     "context_length": ("a positive integer or null", _is_length),
     "bos_token_id": ("a token id or null", _is_id_or_null),
     "eos_token_ids": ("a list of token ids", _is_ids),
+    "arithmetic": ("a string or null", _is_text_or_null),
 }
 """Each key's value in words, and whether one is such a value."""
 

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from fptq_compiler.errors import PassError
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.pipeline import Effect
 from fptq_compiler.graph.program import Program
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.insert_transforms import InsertHadamard
 from fptq_compiler.passes.place_quantizers import PlaceQuantizers
-from fptq_compiler.quant.grid import Grid, quantize
+from fptq_compiler.quant.grid import Grid, fake_quantize, quantize
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
+from fptq_compiler.quant.pairs import unpack_pairs
 from tests.passes.steps import assert_settled, pick, run, with_sites
 from tests.toys import ToyConfig, make_tokens
 
@@ -42,10 +44,11 @@ linear_5_frozen = fptq.linear(activation_quantizers_rms_norm_default_1_frozen, %
 """
 
 
-def _calibrated(block: int = 0) -> Program:
+def _calibrated(block: int = 0, embedding_bits: int = 8) -> Program:
     """Quantisers with ranges that fit: weights by their largest, activations over (-3.8, 4.2)."""
     place = PlaceQuantizers(
-        weights=4, activations=8, cache=8, block=block, embedding_bits=8, head_bits=8
+        weights=4, activations=8, cache=8, block=block, embedding_bits=embedding_bits,
+        head_bits=8,
     )
     program = with_sites(CONFIG, InsertHadamard(), FoldTransforms(), place)
     for record in program.weight_quantizers:
@@ -105,6 +108,19 @@ def test_codes(block: int) -> None:
     rows = program.parameter(f"{TABLE}_scale")[:, None]
     expected = quantize(table, rows, None, Grid(8, symmetric=True))
     assert program.parameter(f"{TABLE}_codes").equal(expected.to(torch.int8))
+
+
+def test_codes_of_an_embedding_in_four_bits() -> None:
+    """Two to a byte, and a row gathered and taken apart is the fake-quantised row, bit for bit."""
+    program = _calibrated(embedding_bits=4)
+    table, ids = program.parameter(TABLE), make_tokens(CONFIG, 2, 11)
+    run(program, FreezeQuantizers())
+    packed, scale = program.parameter(f"{TABLE}_codes"), program.parameter(f"{TABLE}_scale")
+    assert (packed.dtype, packed.shape) == (torch.uint8, (61, 12))
+    expected = quantize(table, scale[:, None], None, Grid(4, symmetric=True))
+    assert unpack_pairs(packed).equal(expected.to(torch.int8))
+    rows = ops.embedding(ids, packed, scale, 4)
+    assert rows.equal(fake_quantize(table, scale[:, None], None, Grid(4, symmetric=True))[ids])
 
 
 @pytest.mark.parametrize("block", [0, 8], ids=["per_channel", "per_block"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.pipeline import Effect
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
@@ -18,14 +19,15 @@ PATH = "model.layers.0"
 
 
 def _place(
-    weights: int = 4, activations: int = 8, cache: int = 8, block: int = 0
+    weights: int = 4, activations: int = 8, cache: int = 8, block: int = 0,
+    embedding_bits: int = 8,
 ) -> PlaceQuantizers:
     return PlaceQuantizers(
         weights=weights,
         activations=activations,
         cache=cache,
         block=block,
-        embedding_bits=8,
+        embedding_bits=embedding_bits,
         head_bits=8,
     )
 
@@ -166,6 +168,17 @@ def test_near_miss_a_weight_that_is_no_parameter() -> None:
     up.args = (up.args[0], product)
     run(program, _place())
     assert f"{PATH}.mlp.up_proj.weight" not in {q.parameter for q in program.weight_quantizers}
+
+
+def test_near_miss_rows_of_an_odd_width() -> None:
+    """INT4 codes of a table stand two to a byte; INT8 ones do not mind."""
+    program = with_sites(ONE)
+    (table,) = program.call_nodes(torch.ops.aten.embedding.default)
+    table.meta["val"] = table.meta["val"][..., :23]
+    message = "embedding: .* rows have 23 values, an odd number; use --embedding-bits 8"
+    with pytest.raises(UnsupportedModelError, match=message):
+        run(program, _place(embedding_bits=4))
+    run(program, _place())
 
 
 def test_a_shared_weight_is_quantised_once_for_all_readers() -> None:

@@ -12,12 +12,11 @@ from fptq_compiler.graph import cache_ops
 from fptq_compiler.graph.cache_ops import (
     decode,
     encode,
-    pack_pairs,
     rotate,
     split_heads,
-    unpack_pairs,
     visible,
 )
+from fptq_compiler.quant.pairs import pack_pairs, unpack_pairs
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=30)
 ROUNDING = 1e-12  # float64 sums of a few products of numbers around 1

@@ -87,6 +87,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "p = 2.0\n"
         "embedding_bits = 8\n"
         "head_bits = 8\n"
+        "matmulnbits_accuracy_level = 1\n"
         "bias_correction = true\n"
         "\n[activations]\n"
         "p = 2.0\n"
@@ -226,6 +227,17 @@ def test_the_hadamard_is_whole_where_activations_have_four_bits() -> None:
     assert blocks == [64, 0]
     fixed = Recipe(bits=Bits(4, 4, 4), transforms=TransformsRecipe(hadamard_block=32))
     assert fixed.hadamard_block == 32
+
+
+def test_tables_have_bits_of_their_own() -> None:
+    recipe = Recipe().override(embedding_bits=4, head_bits=16)
+    assert (recipe.embedding_bits, recipe.head_bits) == (4, 16)
+    assert recipe.weights == WeightsRecipe(embedding_bits=4, head_bits=16)
+    with pytest.raises(RecipeError, match=r"weights\.head_bits is 5, expected one of 4, 8, 16"):
+        Recipe().override(head_bits=5)
+    message = "--embedding-bits 4: at 16-8-8 the weights stay in float"
+    with pytest.raises(RecipeError, match=message):
+        Recipe().override(bits="16-8-8", embedding_bits=4)
 
 
 def test_a_recipe_cannot_be_changed() -> None:
