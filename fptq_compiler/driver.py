@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -37,7 +38,11 @@ from fptq_compiler.work import WorkFolder
 
 @dataclass(frozen=True)
 class Options:
-    """What a compilation needs beside its recipe: where things lie and how much is allowed."""
+    """What a compilation needs beside its recipe: where things lie and how much is allowed.
+
+    `reference` is where the frozen program's logits are written, with the token ids that they
+    belong to, as an .npz: a file can then be compared on a machine that has no torch.
+    """
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Path | None = None
@@ -49,6 +54,7 @@ class Options:
     force: bool = False
     trust_pickle: bool = False
     example_inputs: Path | None = None
+    reference: Path | None = None
 
 
 def compile_file(model: Path, output: Path, options: Options, progress: Progress) -> Report:
@@ -154,7 +160,10 @@ def _compile(
     report.sites = site_rows(program, possible=False)
     report.near_misses = [str(m) for m in program.near_misses]
     report.decisions = program.decisions + report.decisions
-    lower(program, output, recipe, report, probe=_probe(ids, vocabulary, recipe),
+    probe = _probe(ids, vocabulary, recipe)
+    if options.reference is not None:
+        np.savez(options.reference, ids=probe.numpy(), logits=program.run(probe).numpy())
+    lower(program, output, recipe, report, probe=probe,
           force=options.force, language=language, progress=progress)
     if options.report is not None:
         report.write(options.report)

@@ -159,12 +159,9 @@ class Recipe:
         changed["cache"] = replace(self.cache, **asked)
         tables = {"embedding_bits": embedding_bits, "head_bits": head_bits}
         wanted = {key: value for key, value in tables.items() if value is not None}
-        changed["weights"] = replace(
-            self.weights, **wanted,
-            matmulnbits_accuracy_level=(
-                matmulnbits_accuracy_level or self.weights.matmulnbits_accuracy_level
-            ),
-        )
+        level: dict[str, Any] = {"matmulnbits_accuracy_level": matmulnbits_accuracy_level}
+        weights = {k: v for k, v in {**tables, **level}.items() if v is not None}
+        changed["weights"] = replace(self.weights, **weights)
         sizes = {"samples": samples, "length": sequence_length}
         given = {key: value for key, value in sizes.items() if value is not None}
         changed["calibration"] = replace(self.calibration, **given)

@@ -39,7 +39,7 @@ def audit(
         if tensor is None:
             continue
         written = tensor.dtype.name
-        if tensor.dtype == UINT8 and 2 * tensor.shape[-1] == widths.get(str(name)):
+        if tensor.dtype == UINT8 and 2 * tensor.shape.numpy()[-1] == widths.get(str(name)):
             written = "INT4"  # two to a byte
         kind, requested = wanted.get(str(name), (_kind(str(name)), written))
         if str(name) in float_weights:

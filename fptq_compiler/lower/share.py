@@ -24,7 +24,7 @@ def share_equal(model: ir.Model, apart: Collection[str] = ()) -> int:
         tensor = value.const_value
         if tensor is None or tensor.nbytes < LEAST_BYTES or name in apart:
             continue
-        key = (tensor.dtype, tensor.shape.numpy(), sha256(tensor.tobytes()).digest())
+        key = (tensor.dtype, tuple(tensor.shape.numpy()), sha256(tensor.tobytes()).digest())
         first = known.setdefault(key, value)
         if first is not value:
             value.replace_all_uses_with(first)
