@@ -24,6 +24,7 @@ from fptq_compiler.closed_config import (
 )
 from fptq_compiler.errors import RecipeError
 from fptq_compiler.recipe_parts import (
+    CACHE_SCALES,
     TRANSFORMS,
     ActivationsRecipe,
     Bits,
@@ -38,6 +39,7 @@ from fptq_compiler.recipe_parts import (
 
 __all__ = [
     "BUILT_IN",
+    "CACHE_SCALES",
     "DEFAULT_RECIPE",
     "TARGETS",
     "TRANSFORMS",
@@ -123,6 +125,7 @@ class Recipe:
         embedding_bits: int | None = None,
         head_bits: int | None = None,
         matmulnbits_accuracy_level: int | None = None,
+        kv_scales: str | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -139,6 +142,7 @@ class Recipe:
             embedding_bits: of the embedding table.
             head_bits: of the head.
             matmulnbits_accuracy_level: 1 or 4, where activations stay in float.
+            kv_scales: which values of a quantised cache share a scale.
 
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
@@ -154,7 +158,7 @@ class Recipe:
             changed["transforms"] = replace(
                 self.transforms, names=names, where_possible=names is None
             )
-        cache = {"enabled": kv_cache, "max_length": max_length}
+        cache = {"enabled": kv_cache, "max_length": max_length, "scales": kv_scales}
         asked: dict[str, Any] = {k: v for k, v in cache.items() if v is not None}
         changed["cache"] = replace(self.cache, **asked)
         tables = {"embedding_bits": embedding_bits, "head_bits": head_bits}

@@ -24,6 +24,7 @@ SCALING_PLACES: Final = ("down_proj", "o_proj")
 LONGEST_CACHE: Final = 8192
 """Of a model that says a longer context or none: its tables of angles stand in the file."""
 
+CACHE_SCALES: Final = ("per-tensor", "per-channel")
 WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
 HADAMARD_BLOCKS: Final = (0, 16, 32, 64, 128, 256, 512)
@@ -235,17 +236,27 @@ class CacheRecipe:
         enabled: past keys and values are inputs, present ones outputs.
         max_length: tokens that a sequence may have, past included; 0 takes the model's context,
             at most LONGEST_CACHE.
+        scales: of a quantised cache: "per-tensor" is one for the keys and one for the values of
+            a layer, "per-channel" one for each of their heads and channels.
     """
 
     enabled: bool = False
     max_length: int = 0
+    scales: str = "per-tensor"
 
     def __post_init__(self) -> None:
         check_at_least("cache.max_length", self.max_length, 0)
+        check_one_of("cache.scales", self.scales, CACHE_SCALES)
         if self.max_length and not self.enabled:
             message = (
                 f"cache.max_length is {self.max_length}, but the file has no cache to hold so "
                 "many tokens; ask for one with --kv-cache (cache.enabled)"
+            )
+            raise RecipeError(message)
+        if self.scales != "per-tensor" and not self.enabled:
+            message = (
+                f"cache.scales is {self.scales!r}, but the file has no cache to have them; ask "
+                "for one with --kv-cache (cache.enabled)"
             )
             raise RecipeError(message)
 

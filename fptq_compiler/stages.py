@@ -141,6 +141,7 @@ def quantize(
         embedding_bits=recipe.embedding_bits,
         head_bits=recipe.head_bits,
         stored_cache=recipe.cache.enabled,
+        channel_scales=recipe.cache.scales == "per-channel",
     )
     with report.stage("quantise"):
         _run(program, (place,), None, dump_dir)

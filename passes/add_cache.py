@@ -17,6 +17,7 @@ from dataclasses import replace as replace_fields
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.errors import UnsupportedModelError
@@ -58,7 +59,7 @@ class AddCache(Pass):
         expected = Proof.of(program)
         probe = Probe(program.module)
         angles = RotaryTables(program.module, probe, self.length)
-        plans = [_plan(probe, angles, core) for core in cores]
+        plans = [_plan(program, probe, angles, core) for core in cores]
         ids = _ids(program)
         program.inputs = (replace_fields(program.inputs[0], dims=("batch", "sequence")),)
         plain = torch.empty((1, 1), dtype=torch.int64, device="meta")
@@ -96,7 +97,7 @@ class _Stored:
     """What the cache holds of keys or values: their source and their static grid."""
 
     operand: Node
-    scale: float
+    scale: Tensor | None
     bits: int
 
 
@@ -119,7 +120,7 @@ class _Plan:
         return scale * self.q.factor * self.k.factor
 
 
-def _plan(probe: Probe, angles: RotaryTables, core: Node) -> _Plan:
+def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _Plan:
     """Read one attention; nothing is changed yet."""
     q, k, v, mask, causal, _ = core.args
     assert isinstance(q, Node)
@@ -127,7 +128,7 @@ def _plan(probe: Probe, angles: RotaryTables, core: Node) -> _Plan:
     assert isinstance(v, Node)
     if mask is not None or not causal:
         _refuse(core, "its mask is not the plain causal one")
-    key, value = _stored(k), _stored(v)
+    key, value = _stored(program, k), _stored(program, v)
     heads = [_head_map(probe, x) for x in (q, key.operand, value.operand)]
     of_q, of_k = _table(angles, heads[0], q), _table(angles, heads[1], key.operand)
     if (of_q is None) != (of_k is None) or (of_q and of_k and not of_q.equals(of_k)):
@@ -166,17 +167,18 @@ def _refuse(node: Node, reason: str) -> NoReturn:
     raise UnsupportedModelError(message)
 
 
-def _stored(operand: Node) -> _Stored:
+def _stored(program: Program, operand: Node) -> _Stored:
     """Look behind the quantiser, whose grid must be symmetric: that is what a cache holds."""
-    if operand.target is not ops.fake_quantize:
-        return _Stored(operand, 1.0, FLOAT_BITS)
-    source, scale, zero_point, bits, _ = operand.args
+    if operand.target is ops.fake_quantize:
+        zero_point = operand.args[2]
+        _refuse(operand, f"its grid has a zero-point, {zero_point}, expected a symmetric one")
+    if operand.target is not cache_ops.stored:
+        return _Stored(operand, None, FLOAT_BITS)
+    source, scale, bits = operand.args
     assert isinstance(source, Node)
-    assert isinstance(scale, float)
+    assert isinstance(scale, Node)
     assert isinstance(bits, int)
-    if zero_point != 1 << (bits - 1):
-        _refuse(operand, f"its zero-point is {zero_point}, expected {1 << (bits - 1)} (symmetric)")
-    return _Stored(source, scale, bits)
+    return _Stored(source, program.parameter(str(scale.target)), bits)
 
 
 class _Tables:
@@ -221,10 +223,10 @@ def _rewrite(
     interleaved = False
     if plan.rotary is not None:
         table, interleaved = tables.nodes(core, plan.rotary), plan.rotary.interleaved
+    scales = _scales(program, plan, layer)
     arguments = (
         plan.q.source, plan.k.source, plan.v.source, *past, mask, positions, *table, interleaved,
-        plan.q.heads, kv_heads, plan.scale, bits, plan.key.scale / plan.k.factor,
-        plan.value.scale,
+        plan.q.heads, kv_heads, plan.scale, bits, *scales,
     )
     cached = call(graph, core, cache_ops.cached_attention, arguments, like=None)
     merged, *present = [call(graph, core, operator.getitem, (cached, i), like=None)
@@ -232,6 +234,19 @@ def _rewrite(
     merged.meta["val"] = plan.q.source.meta["val"]
     _replace_core(plan, merged)
     return present
+
+
+def _scales(program: Program, plan: _Plan, layer: int) -> list[Node | None]:
+    """`get_attr` nodes of the scales of keys, without their factor, and of values."""
+    found: list[Node | None] = []
+    for kind, stored, factor in (("key", plan.key, plan.k.factor), ("value", plan.value, 1.0)):
+        node = None
+        if stored.scale is not None:
+            name, scale = f"cache.{layer}.{kind}_scale", stored.scale / factor
+            set_parameter(program.module, name, scale)
+            node = get_parameter(program.graph, plan.core, name, scale)
+        found.append(node)
+    return found
 
 
 def _replace_core(plan: _Plan, merged: Node) -> None:

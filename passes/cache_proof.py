@@ -2,14 +2,15 @@
 
 Four runs on random tokens: the whole sequence, the sequence in two chunks, and a batch whose
 rows are padded on the left and on the right. Quantisers of activations pass everything on in these
-runs, before and after: a code that flips at a tie would hide, or look like, a wrong rewrite.
+runs, before and after: a code that flips at a tie would hide, or look like, a wrong rewrite. What
+a cache stores is multiplied by its scales instead, so that one at another channel shows.
 The static factor of the first token cancels in them; that it follows the mask is for its own test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from torch import Tensor
 
 from fptq_compiler.errors import UnsupportedModelError, VerificationError
 from fptq_compiler.graph import cache_ops, ops
-from fptq_compiler.graph.evaluate import Environment, bind_inputs, last_uses, run_node
+from fptq_compiler.graph.evaluate import (
+    Environment,
+    arguments,
+    bind_inputs,
+    last_uses,
+    run_node,
+)
 from fptq_compiler.graph.program import Program
 
 TOKENS = 11
@@ -119,6 +126,22 @@ def _empty_cache(program: Program, batch: int) -> list[Tensor]:
     return found
 
 
+def _shape_of(scale: Tensor) -> Tensor:
+    """The scale over its mean: scores stay about as large as they are."""
+    return scale / scale.mean()
+
+
+def _attend(given: cache_ops.CachedAttention) -> tuple[Tensor, Tensor, Tensor]:
+    """A cached attention on a float cache."""
+    past = (given.past_key, given.past_value)
+    scales = (given.key_scale, given.value_scale)
+    key, value = (
+        torch.cat((before, new if scale is None else new * _shape_of(scale)), 2)
+        for before, new, scale in zip(past, given.new_values(), scales, strict=True)
+    )
+    return replace(given, key_scale=None, value_scale=None).attend(key, value), key, value
+
+
 @torch.no_grad()
 def _run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs, with quantisers of activations and caches passing values on."""
@@ -130,10 +153,11 @@ def _run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     for node in nodes:
         if node.target is ops.fake_quantize:
             value = environment[node.all_input_nodes[0]]
-        elif node.target is cache_ops.cached_attention and node.args[BITS] != 16:
-            stored, node.args = node.args, (*node.args[:BITS], 16, 1.0, 1.0)
-            value = run_node(module, node, environment, None)
-            node.args = stored
+        elif node.target is cache_ops.stored:
+            x, scale, _ = arguments(module, node, environment)
+            value = x * _shape_of(scale)
+        elif node.target is cache_ops.cached_attention:
+            value = _attend(cache_ops.CachedAttention(*arguments(module, node, environment)))
         else:
             value = run_node(module, node, environment, None)
         environment[node] = value

@@ -2,7 +2,8 @@
 
 A weight quantiser and its linear become `fptq.linear` on codes (K, N); an embedding becomes
 `fptq.embedding` on codes (V, d), in INT4 two to a byte. The codes come from the function that
-training used.
+training used. Keys and values on a symmetric grid become `fptq.stored`, what a cache gives back
+of them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from fptq_compiler.graph import ops
+from fptq_compiler.graph import cache_ops, ops
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
-from fptq_compiler.graph.program import Program, WeightQuantizer
+from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
 from fptq_compiler.quant.grid import round_zero_point
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
@@ -43,15 +44,33 @@ class FreezeQuantizers(Pass):
                 continue
             module = program.module.get_submodule(record.module)
             assert isinstance(module, ActivationFakeQuantizer)
-            zero_point = round_zero_point(module.zero_point, module.grid)
-            scale = module.scale.item()
-            zero = int(zero_point.item()) - module.grid.lowest  # the operator's codes start at 0
-            arguments = (node.args[0], scale, zero, record.bits, record.role)
-            frozen = call(program.graph, node, ops.fake_quantize, arguments, like=node,
-                          name=f"{node.name}_frozen")
-            replace(node, frozen)
+            freeze = _freeze_stored if module.grid.symmetric else _freeze_activation
+            replace(node, freeze(program, record, module, node))
             changed += 1
         return PassResult(changed)
+
+
+def _freeze_activation(
+    program: Program, record: ActivationQuantizer, module: ActivationFakeQuantizer, node: Node
+) -> Node:
+    zero_point = round_zero_point(module.zero_point, module.grid)
+    zero = int(zero_point.item())
+    arguments = (node.args[0], module.scale.item(), zero, record.bits, record.role)
+    return call(program.graph, node, ops.fake_quantize, arguments, like=node,
+                name=f"{node.name}_frozen")
+
+
+def _freeze_stored(
+    program: Program, record: ActivationQuantizer, module: ActivationFakeQuantizer, node: Node
+) -> Node:
+    """The scale is a parameter that broadcasts to (B, H, S, D), per tensor (1, 1, 1, 1)."""
+    scale = module.scale.detach()
+    scale = scale if scale.dim() else scale.reshape(1, 1, 1, 1)
+    name = f"{record.module}_scale"
+    set_parameter(program.module, name, scale)
+    stored = get_parameter(program.graph, node, name, scale)
+    return call(program.graph, node, cache_ops.stored, (node.args[0], stored, record.bits),
+                like=node, name=f"{node.name}_frozen")
 
 
 def _freeze_weight(program: Program, quantizer: WeightQuantizer, edge: Node) -> None:

@@ -3,7 +3,8 @@
 Weights: every linear layer per output channel or block, the head with its own bits, the
 embedding per row. Activations: the input of every linear (one quantiser where several read the
 same tensor), the head's with 8 bits at least. KV: the keys after RoPE and the values, in front
-of attention, on a symmetric grid where they are stored in a cache.
+of attention, on a symmetric grid where they are stored in a cache; there a scale may be that of
+one channel of one head.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class PlaceQuantizers(Pass):
     effect = Effect.APPROXIMATES
 
     def __init__(self, *, weights: int, activations: int, cache: int, block: int,
-                 embedding_bits: int, head_bits: int, stored_cache: bool = False) -> None:
+                 embedding_bits: int, head_bits: int, stored_cache: bool = False,
+                 channel_scales: bool = False) -> None:
         self.weights = weights
         self.activations = activations
         self.cache = cache
@@ -40,6 +42,7 @@ class PlaceQuantizers(Pass):
         self.embedding_bits = embedding_bits
         self.head_bits = head_bits
         self.stored_cache = stored_cache
+        self.channel_scales = channel_scales
 
     def run(self, program: Program) -> PassResult:
         """Weights first, then linear inputs, then keys and values."""
@@ -64,8 +67,11 @@ class PlaceQuantizers(Pass):
                 for position, role in ((1, "key"), (2, "value")):
                     source = core.args[position]
                     assert isinstance(source, Node)
-                    _place_activation(program, source, [core], self.cache, role,
-                                      symmetric=self.stored_cache)
+                    _, heads, _, width = source.meta["val"].shape
+                    _place_activation(
+                        program, source, [core], self.cache, role, symmetric=self.stored_cache,
+                        scale_shape=(1, heads, 1, width) if self.channel_scales else (),
+                    )
         return PassResult(len(program.weight_quantizers) + len(program.activation_quantizers))
 
     def _place_inputs(self, program: Program, linears: list[Node], heads: set[Node]) -> None:
@@ -125,11 +131,13 @@ def _place_weight(program: Program, reader: Node, position: int, bits: int, bloc
 
 
 def _place_activation(program: Program, source: Node, readers: list[Node], bits: int,
-                      role: str, *, symmetric: bool = False) -> None:
+                      role: str, *, symmetric: bool = False,
+                      scale_shape: tuple[int, ...] = ()) -> None:
     path = f"activation_quantizers.{source.name}"
     if role in ("key", "value"):
         path = f"{path}_{role}"
-    add_module(program.module, path, ActivationFakeQuantizer(bits, symmetric=symmetric))
+    quantizer = ActivationFakeQuantizer(bits, symmetric=symmetric, scale_shape=scale_shape)
+    add_module(program.module, path, quantizer)
     first = min(readers)
     edge = call_module(program.graph, first, path, (source,), like=source)
     for reader in readers:

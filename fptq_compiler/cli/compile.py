@@ -14,6 +14,7 @@ from fptq_compiler.errors import LoweringError, RecipeError
 from fptq_compiler.memory import map_large_tensors
 from fptq_compiler.recipe import (
     BUILT_IN,
+    CACHE_SCALES,
     DEFAULT_RECIPE,
     TARGETS,
     TRANSFORMS,
@@ -87,6 +88,12 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "--max-length", type=int, metavar="N",
     help="Tokens that the cache may hold; the model's context, at most 8192, if not given.",
 )
+@click.option(
+    "--kv-scales",
+    metavar="|".join(CACHE_SCALES),
+    help="Static scales of a quantised cache: one for the keys and one for the values of a "
+    "layer, or one for each of their heads and channels.",
+)
 @click.option("--samples", type=int, metavar="N", help="Calibration sequences.")
 @click.option("--sequence-length", type=int, metavar="T", help="Tokens of each.")
 @click.option("--target", metavar="NAME", help=f"Form of the file: {', '.join(TARGETS)}.")
@@ -145,6 +152,7 @@ def command(
     tokenizer: Path | None,
     kv_cache: bool | None,
     max_length: int | None,
+    kv_scales: str | None,
     samples: int | None,
     sequence_length: int | None,
     target: str | None,
@@ -181,6 +189,7 @@ def command(
         embedding_bits=embedding_bits,
         head_bits=head_bits,
         matmulnbits_accuracy_level=matmulnbits_accuracy_level,
+        kv_scales=kv_scales,
     )
     check_output(model, output)
     check_device(device)

@@ -3,10 +3,12 @@
     positions         attention mask (B, T), ids (B, S)            -> (B, S) int64
     cached_attention  q (B, S, H·D), k v (B, S, H_kv·D), past      -> (B, S, H·D), present k, v
                       or all three side by side in q
+    stored            keys or values (B, H_kv, S, D), scale        -> what a cache gives back
 
 A cache holds keys after RoPE: float (B, H_kv, P, D), codes in INT8 of the same shape, or 4-bit
 codes plus 8, two in a UINT8 along D, the even channel in the low half. That is what
-com.microsoft.GroupQueryAttention holds. Quantised caches have one static symmetric scale.
+com.microsoft.GroupQueryAttention holds. Quantised caches have static symmetric scales, for keys
+and for values either one, (1, 1, 1, 1), or one for each head and channel, (1, H_kv, 1, D).
 """
 
 from __future__ import annotations
@@ -43,21 +45,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
-def encode(x: Tensor, scale: float, bits: int) -> Tensor:
-    """Codes of keys or values (B, H_kv, S, D) as the cache holds them."""
-    if bits == 16:
+def encode(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """Codes of keys or values (B, H_kv, S, D) as the cache holds them; float without a scale."""
+    if scale is None:
         return x
-    step = torch.tensor(scale, dtype=torch.float32)
-    codes = quantize(x, step, None, Grid(bits, symmetric=True)).to(torch.int8)
+    codes = quantize(x, scale, None, Grid(bits, symmetric=True)).to(torch.int8)
     return codes if bits == 8 else pack_pairs(codes)
 
 
-def decode(cache: Tensor, scale: float, bits: int, dtype: torch.dtype) -> Tensor:
+def decode(cache: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     """The values (B, H_kv, T, D) that a cache stands for."""
-    if bits == 16:
+    if scale is None:
         return cache
     codes = cache if bits == 8 else unpack_pairs(cache)
-    return codes.to(dtype) * torch.tensor(scale, dtype=torch.float32).to(dtype)
+    return codes.to(dtype) * scale.to(dtype)
+
+
+def _stored(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return decode(encode(x, scale, bits), scale, bits, x.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -83,8 +88,8 @@ class CachedAttention:
     kv_heads: int
     scale: float
     bits: int
-    key_scale: float
-    value_scale: float
+    key_scale: Tensor | None
+    value_scale: Tensor | None
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
@@ -173,9 +178,15 @@ _cached_attention_op = torch.library.custom_op(
     schema=(
         "(Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor mask, "
         "Tensor positions, Tensor? cos, Tensor? sin, bool interleaved, int heads, int kv_heads, "
-        "float scale, int bits, float key_scale, float value_scale) -> (Tensor, Tensor, Tensor)"
+        "float scale, int bits, Tensor? key_scale, Tensor? value_scale) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 )
 _cached_attention_op.register_fake(_fake_cached_attention)
+_stored_op = torch.library.custom_op(
+    "fptq::stored", _stored, mutates_args=(), schema="(Tensor x, Tensor scale, int bits) -> Tensor"
+)
+_stored_op.register_fake(lambda x, scale, bits: torch.empty_like(x))
 positions = torch.ops.fptq.positions.default
+stored = torch.ops.fptq.stored.default
 cached_attention = torch.ops.fptq.cached_attention.default

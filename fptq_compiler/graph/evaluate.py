@@ -70,6 +70,17 @@ def run_node(
     raise ValueError(message)
 
 
+def arguments(module: fx.GraphModule, node: Node, environment: Environment) -> Any:
+    """The positional arguments of a node, with the values of those that are nodes."""
+
+    def load(argument: Node) -> Any:
+        if argument.op == "get_attr":
+            return attribute(module, str(argument.target))
+        return environment[argument]
+
+    return fx.map_arg(node.args, load)
+
+
 def _subgraph(module: fx.GraphModule, dtype: torch.dtype) -> Callable[..., Any]:
     """What a wrapper operator (grad mode off) calls, in another precision throughout."""
 

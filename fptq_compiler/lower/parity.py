@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import cache_ops, evaluate, ops
@@ -246,29 +246,24 @@ def _compare(node: Node, environment: Environment, theirs: Tensor, parity: Parit
     value = environment[source]
     assert isinstance(value, Tensor)
     centred = theirs.float() - zero
-    _count(value, centred, scale, (-zero, (1 << bits) - 1 - zero), parity)
-    return centred * torch.tensor(scale, dtype=torch.float32)
+    step = torch.tensor(scale, dtype=torch.float32)
+    _count(value, centred, step, (-zero, (1 << bits) - 1 - zero), parity)
+    return centred * step
 
 
 def _compare_stored(
     program: Program, node: Node, environment: Environment, theirs: list[Tensor], parity: Parity
 ) -> tuple[Tensor, ...]:
     """Compare what one attention stored; gives what follows from ONNX Runtime's codes."""
-
-    def load(argument: Node) -> Any:
-        if argument.op == "get_attr":
-            return program.parameter(str(argument.target))
-        return environment[argument]
-
-    loaded: Any = fx.map_arg(node.args, load)
-    arguments = cache_ops.CachedAttention(*loaded)
+    given = evaluate.arguments(program.module, node, environment)
+    arguments = cache_ops.CachedAttention(*given)
     bits = arguments.bits
     half = 1 << (bits - 1)
     for values, stored, scale in zip(
         arguments.new_values(), theirs, (arguments.key_scale, arguments.value_scale), strict=True
     ):
         new = stored[:, :, stored.shape[2] - values.shape[2] :]
-        if bits == 16:
+        if scale is None:
             continue
         codes = new if bits == 8 else unpack_pairs(new)
         _count(values, codes.float(), scale, (-half, half - 1), parity)
@@ -276,10 +271,10 @@ def _compare_stored(
 
 
 def _count(
-    values: Tensor, theirs: Tensor, scale: float, limits: tuple[int, int], parity: Parity
+    values: Tensor, theirs: Tensor, scale: Tensor, limits: tuple[int, int], parity: Parity
 ) -> None:
     """Count the codes, zero-point taken off, that are not those of the values."""
-    exact = values.float() / torch.tensor(scale, dtype=torch.float32)
+    exact = values.float() / scale
     ours = exact.round().clamp(*limits)
     apart = ours != theirs
     parity.codes += ours.numel()

@@ -22,7 +22,7 @@ from fptq_compiler.optimize.pool import one_thread_each
 from fptq_compiler.progress import Progress
 from fptq_compiler.quant.grid import fake_quantize
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
-from fptq_compiler.quant.ranges import activation_range, weight_scale
+from fptq_compiler.quant.ranges import activation_range, channel_scale, weight_scale
 from fptq_compiler.quant.sqnr import sqnr
 
 LINEAR = torch.ops.aten.linear.default
@@ -192,7 +192,10 @@ def _set_range(
     if factor != 1.0:
         values = values.clone()
         values[:, 0] *= factor
-    module.set_range(*activation_range(values, module.grid, p))
+    if module.scale.dim():
+        module.set_range(channel_scale(values, module.grid, p), torch.zeros(()))
+    else:
+        module.set_range(*activation_range(values, module.grid, p))
     quantized = fake_quantize(values, module.scale, module.zero_point, module.grid)
     return _Found(record.node, sqnr(values, quantized), factor, token_mean(quantized))
 

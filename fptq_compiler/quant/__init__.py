@@ -12,6 +12,7 @@ from fptq_compiler.quant.grid import (
 )
 from fptq_compiler.quant.ranges import (
     activation_range,
+    channel_scale,
     minmax_range,
     minmax_scale,
     weight_scale,
@@ -25,6 +26,7 @@ __all__ = [
     "PerChannel",
     "PerTensor",
     "activation_range",
+    "channel_scale",
     "dequantize",
     "fake_quantize",
     "minmax_range",

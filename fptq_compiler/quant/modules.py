@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,23 @@ CHUNK = 1 << 22
 
 
 class ActivationFakeQuantizer(nn.Module):
-    """Static per-tensor quantiser of an activation, asymmetric if nothing else is said.
+    """Static quantiser of an activation, asymmetric and per tensor if nothing else is said.
 
     Attributes:
-        scale: () float32, positive.
+        scale: float32, positive; () per tensor, (1, H, 1, D) per channel of (B, H, S, D).
         zero_point: () float32, rounded into the grid where it is used.
     """
 
-    def __init__(self, bits: int, *, symmetric: bool = False) -> None:
+    def __init__(
+        self, bits: int, *, symmetric: bool = False, scale_shape: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.grid = Grid(bits, symmetric=symmetric)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(tuple(scale_shape)))
         self.zero_point = nn.Parameter(torch.zeros(()))
 
     def set_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take a range as `quant.ranges.activation_range` gives it."""
+        """Take a range as `quant.ranges` gives it."""
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)

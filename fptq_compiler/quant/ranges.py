@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fptq_compiler.quant.granularity import Granularity, PerBlock, PerTensor
+from fptq_compiler.quant.granularity import Granularity, PerBlock, PerChannel, PerTensor
 from fptq_compiler.quant.grid import Grid
 from fptq_compiler.quant.samples import thin
 
@@ -130,6 +130,31 @@ def activation_range(
     if _loss(*every, low, high, grid, p) < _loss(*every, low * clips[0], high * clips[1], grid, p):
         clips = (1.0, 1.0)
     return _affine(low * clips[0], high * clips[1], grid)
+
+
+def channel_scale(samples: Tensor, grid: Grid, p: float = 3) -> Tensor:
+    """One static scale for each head and channel, each minimising ||x - x̂||_p of its own.
+
+    None is worse on the samples than the one scale that `activation_range` gives for all.
+
+    Args:
+        samples: (B, H, S, D), floating and finite.
+        grid: symmetric.
+        p: the norm; 2 to 4.
+
+    Returns:
+        (1, H, 1, D) float32, positive; 1 where all samples of a channel are zero.
+
+    Raises:
+        ValueError: the grid is not symmetric, there is no sample, or one is not finite.
+    """
+    _, heads, _, width = samples.shape
+    channels = samples.detach().to(torch.float32).permute(1, 3, 0, 2).reshape(heads * width, -1)
+    own = weight_scale(channels, grid, PerChannel(0), p)[:, None]
+    common = activation_range(channels, grid, p)[0].to(own.device).expand_as(own)
+    buffer = torch.empty_like(channels)
+    own_loss, common_loss = (_row_loss(channels, s, grid, p, buffer) for s in (own, common))
+    return torch.where(own_loss <= common_loss, own, common).reshape(1, heads, 1, width)
 
 
 def _refine(

@@ -103,6 +103,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "\n[cache]\n"
         "enabled = false\n"
         "max_length = 0\n"
+        'scales = "per-tensor"\n'
     )
 
 

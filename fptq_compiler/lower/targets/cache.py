@@ -68,12 +68,12 @@ def rotate(
     return op.Concat(*parts, axis=3)
 
 
-def encode(op: Emitter, x: Any, scale: float, bits: int) -> Any:
-    """Codes of (..., D) as the cache holds them, whatever stands before the channels."""
-    if bits == 16:
+def encode(op: Emitter, x: Any, scale: Any, bits: int) -> Any:
+    """Codes of (..., D) as the cache holds them; the scale broadcasts to x, None is float."""
+    if scale is None:
         return x
     low, high = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)
-    rounded = op.Round(op.Div(x, op.float(scale)))
+    rounded = op.Round(op.Div(x, scale))
     codes = op.Clip(rounded, op.float(low), op.float(high))
     if bits == 8:
         return op.Cast(codes, to=INT8)
@@ -83,12 +83,12 @@ def encode(op: Emitter, x: Any, scale: float, bits: int) -> Any:
     return op.BitwiseOr(even, op.BitShift(odd, byte(op, 4), direction="LEFT"))
 
 
-def decode(op: Emitter, cache: Any, scale: float, bits: int, head: int) -> Any:
-    """The values of codes (B, H_kv, T, D)."""
-    if bits == 16:
+def decode(op: Emitter, cache: Any, scale: Any, bits: int, head: int) -> Any:
+    """The values of codes (B, H_kv, T, D), or of (B, T, H_kv, D) with a scale for that."""
+    if scale is None:
         return cache
     codes = op.Cast(cache, to=FLOAT) if bits == 8 else unpack_pairs(op, cache, (0, 0, -1, head))
-    return op.Mul(codes, op.float(scale))
+    return op.Mul(codes, scale)
 
 
 def grouped_attention(op: Emitter, q: Any, k: Any, v: Any, bias: Any, heads: int, kv_heads: int,

@@ -18,10 +18,10 @@ from fptq_compiler.lower.targets.schemas import FLOAT, INT, register
 DOMAIN = "fptq"
 register(
     DOMAIN, "CachedAttention",
-    ("q", "k?", "v?", "past_key", "past_value", "mask", "positions", "cos?", "sin?"),
+    ("q", "k?", "v?", "past_key", "past_value", "mask", "positions", "cos?", "sin?",
+     "key_scale?", "value_scale?"),
     ("output", "present_key", "present_value"),
-    {"interleaved": INT, "heads": INT, "kv_heads": INT, "scale": FLOAT, "bits": INT,
-     "key_scale": FLOAT, "value_scale": FLOAT},
+    {"interleaved": INT, "heads": INT, "kv_heads": INT, "scale": FLOAT, "bits": INT},
 )
 register(DOMAIN, "Positions", ("mask", "ids"), ("positions",), {})
 register(DOMAIN, "UnitRms", ("x",), ("normalized", "inverse"), {})
@@ -42,18 +42,18 @@ class Carried:
     positions: Any
     cos: Any
     sin: Any
+    key_scale: Any
+    value_scale: Any
     interleaved: bool
     heads: int
     kv_heads: int
     scale: float
     bits: int
-    key_scale: float
-    value_scale: float
 
     @classmethod
     def of(cls, node: ir.Node) -> Carried:
         """Read a carried node."""
-        given: list[Any] = [*node.inputs, None, None][:9]
+        given: list[Any] = [*node.inputs, None, None, None, None][:11]
         numbers: dict[str, Any] = {n: a.value for n, a in node.attributes.items()}
         numbers["interleaved"] = bool(numbers["interleaved"])
         return cls(*given, **numbers)
@@ -67,13 +67,12 @@ class Carried:
 def carry_attention(
     q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, positions: Any,
     cos: Any, sin: Any, interleaved: bool, heads: int, kv_heads: int, scale: float, bits: int,
-    key_scale: float, value_scale: float,
+    key_scale: Any, value_scale: Any,
 ) -> Any:
     """The emitter of `fptq.cached_attention`."""
     return _fptq.CachedAttention(
-        q, k, v, past_key, past_value, mask, positions, cos, sin,
+        q, k, v, past_key, past_value, mask, positions, cos, sin, key_scale, value_scale,
         interleaved=int(interleaved), heads=heads, kv_heads=kv_heads, scale=scale, bits=bits,
-        key_scale=key_scale, value_scale=value_scale,
     )
 
 

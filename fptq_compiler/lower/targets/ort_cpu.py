@@ -120,10 +120,10 @@ def fused_attention(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
     quantized: dict[str, Any] = {}
     scales: tuple[Any, ...] = ()
     if given.bits < 16:
-        quantized = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR",
+        quantized = {"k_quant_type": _quant_type(given.key_scale),
+                     "v_quant_type": _quant_type(given.value_scale),
                      "kv_cache_bit_width": given.bits}
-        scales = (None, op.Constant(value_floats=[given.key_scale]),
-                  op.Constant(value_floats=[given.value_scale]))
+        scales = (None, given.key_scale, given.value_scale)
     found: tuple[Any, Any, Any] = op.make(
         "GroupQueryAttention",
         given.q, given.k, given.v, given.past_key, given.past_value, last, length,
@@ -134,6 +134,11 @@ def fused_attention(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
         **quantized,
     )
     return found
+
+
+def _quant_type(scale: Any) -> str:
+    """What the operator calls a scale (1, 1, 1, 1), or (1, H_kv, 1, D)."""
+    return "PER_TENSOR" if scale.shape.numpy() == (1, 1, 1, 1) else "PER_CHANNEL"
 
 
 def _lengths(op: Emitter, given: Carried) -> tuple[Any, Any]:
