@@ -126,7 +126,7 @@ def _empty_cache(program: Program, batch: int) -> list[Tensor]:
     return found
 
 
-def _shape_of(scale: Tensor) -> Tensor:
+def _relative(scale: Tensor) -> Tensor:
     """The scale over its mean: scores stay about as large as they are."""
     return scale / scale.mean()
 
@@ -136,7 +136,7 @@ def _attend(given: cache_ops.CachedAttention) -> tuple[Tensor, Tensor, Tensor]:
     past = (given.past_key, given.past_value)
     scales = (given.key_scale, given.value_scale)
     key, value = (
-        torch.cat((before, new if scale is None else new * _shape_of(scale)), 2)
+        torch.cat((before, new if scale is None else new * _relative(scale)), 2)
         for before, new, scale in zip(past, given.new_values(), scales, strict=True)
     )
     return replace(given, key_scale=None, value_scale=None).attend(key, value), key, value
@@ -155,7 +155,7 @@ def _run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             value = environment[node.all_input_nodes[0]]
         elif node.target is cache_ops.stored:
             x, scale, _ = arguments(module, node, environment)
-            value = x * _shape_of(scale)
+            value = x * _relative(scale)
         elif node.target is cache_ops.cached_attention:
             value = _attend(cache_ops.CachedAttention(*arguments(module, node, environment)))
         else:

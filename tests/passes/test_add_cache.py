@@ -82,7 +82,7 @@ AFTER = """
 linear_2 = linear(rms_norm_default, %model.layers.0.self_attn.v_proj.weight)
 cached_attention_default = fptq.cached_attention(linear, linear_1, linear_2, \
 past_key_values_0_key, past_key_values_0_value, attention_mask, positions_default, \
-%rotary.0.cos, %rotary.0.sin, False, 4, 2, 0.3535533905932738, 16, 1.0, 1.0)
+%rotary.0.cos, %rotary.0.sin, False, 4, 2, 0.3535533905932738, 16, None, None)
 getitem = getitem(cached_attention_default, 0)
 getitem_1 = getitem(cached_attention_default, 1)
 getitem_2 = getitem(cached_attention_default, 2)
@@ -234,11 +234,13 @@ def test_a_hidden_token_is_not_read() -> None:
 # A quantised cache.
 
 
-def frozen(config: ToyConfig, bits: int, *steps: Pass, symmetric: bool = True) -> Program:
-    """The toy with keys and values quantised, frozen in steps of an eighth or a half."""
+def frozen(
+    config: ToyConfig, bits: int, *steps: Pass, symmetric: bool = True, channels: bool = False
+) -> Program:
+    """The toy with keys and values quantised, frozen in steps around an eighth or a half."""
     place = PlaceQuantizers(
         weights=16, activations=16, cache=bits, block=0, embedding_bits=16, head_bits=16,
-        stored_cache=symmetric,
+        stored_cache=symmetric, channel_scales=channels,
     )
     program = with_sites(config, place, *steps)
     freeze(program, 0.5 if bits == 4 else 0.125)
@@ -249,18 +251,24 @@ def freeze(program: Program, scale: float) -> None:
     for record in program.activation_quantizers:
         module: Any = program.module.get_submodule(record.module)
         # A scale of its own for each, so that exchanging two of them shows.
-        size = scale * 1.25 if record.role == "value" else scale
-        module.set_range(torch.tensor(size), module.zero_point)
+        size = torch.tensor(scale * 1.25 if record.role == "value" else scale)
+        if module.scale.dim():
+            size = size * torch.linspace(0.5, 1.5, module.scale.numel()).view_as(module.scale)
+        module.set_range(size, module.zero_point)
     program.facts |= {"calibrated", "folded"}
     run_passes(program, (FreezeQuantizers(),))
 
 
+CHANNELS = pytest.mark.parametrize("channels", [False, True], ids=["per-tensor", "per-channel"])
+
+
+@CHANNELS
 @pytest.mark.parametrize(("bits", "dtype", "width"), [(8, torch.int8, 8), (4, torch.uint8, 4)])
 def test_a_quantised_cache_holds_the_codes_of_the_quantisers(
-    bits: int, dtype: torch.dtype, width: int
+    bits: int, dtype: torch.dtype, width: int, channels: bool
 ) -> None:
     """Without RoPE the values that are quantised are the same bits: so are codes and logits."""
-    program = frozen(NO_ROPE, bits)
+    program = frozen(NO_ROPE, bits, channels=channels)
     cores = program.call_nodes(ops.attention)
     kept: dict[Node, Tensor] = {}
     with torch.no_grad():
@@ -269,10 +277,15 @@ def test_a_quantised_cache_holds_the_codes_of_the_quantisers(
             program.module, [IDS], dtype=torch.float64,
             watch=lambda node, value: kept.update({node: value}) if node in watch else None,
         )[0]
-    steps = [float(x.args[1]) for x in cores[0].args[1:3]]  # type: ignore[union-attr,arg-type]
+    names = [str(x.args[1]) for x in cores[0].args[1:3]]  # type: ignore[union-attr]
+    steps = [program.parameter(str(program.node(n).target)) for n in names]
     quantised = [kept[x] for x in cores[0].args[1:3]]  # type: ignore[index]
     assert run(program, CACHE).changed == 1
-    assert not program.call_nodes(ops.fake_quantize)
+    assert not program.call_nodes(cache_ops.stored)
+    shape = (1, 2, 1, 8) if channels else (1, 1, 1, 1)
+    for kind, scale in zip(("key", "value"), steps, strict=True):
+        assert program.parameter(f"cache.0.{kind}_scale").shape == shape
+        assert torch.equal(program.parameter(f"cache.0.{kind}_scale"), scale)
     assert [(s.dtype, s.dims[3]) for s in program.inputs[2:]] == [(dtype, width)] * 2
     logits, *present = step(program, IDS, torch.ones(2, 11, dtype=torch.int64), empty(program))
     for stored, scale, values in zip(present, steps, quantised, strict=True):
@@ -282,10 +295,11 @@ def test_a_quantised_cache_holds_the_codes_of_the_quantisers(
     assert relative_error(decoded(program), expected) < EXACT
 
 
-def test_keys_are_quantised_behind_rope() -> None:
+@CHANNELS
+def test_keys_are_quantised_behind_rope(channels: bool) -> None:
     """Their values are 6e-8 off, so that a code may flip at a tie: none does on these tokens."""
     for bits in (8, 4):
-        program = frozen(ONE, bits)
+        program = frozen(ONE, bits, channels=channels)
         expected = whole(program)
         run(program, CACHE)
         assert relative_error(decoded(program), expected) < TABLES
@@ -293,7 +307,7 @@ def test_keys_are_quantised_behind_rope() -> None:
 
 def test_an_asymmetric_quantiser_is_refused() -> None:
     program = frozen(ONE, 8, symmetric=False)
-    words = r"at \w+_key_frozen cannot be given a cache: its zero-point is 0, expected 128"
+    words = r"at \w+_key_frozen cannot be .*its grid has a zero-point, 0, expected a symmetric one"
     assert_refused(program, words)
 
 
@@ -657,6 +671,22 @@ def test_wrong_variants(
         run(program, CACHE)
 
 
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("axis", [1, 3], ids=["head", "channel"])
+def test_a_scale_of_another_head_or_channel_fails_the_proof(
+    monkeypatch: pytest.MonkeyPatch, kind: str, axis: int
+) -> None:
+    program = frozen(ONE, 8, channels=True)
+    keep = add_cache.set_parameter
+
+    def move(module: nn.Module, name: str, value: Tensor) -> None:
+        keep(module, name, value.roll(1, axis) if name.endswith(f"{kind}_scale") else value)
+
+    monkeypatch.setattr(add_cache, "set_parameter", move)
+    with pytest.raises(VerificationError, match="the logits of the whole sequence differ by"):
+        run(program, CACHE)
+
+
 def test_padding_that_counts_shows_where_positions_are_learned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -673,8 +703,9 @@ def test_positions_left_as_they_are_fail_the_proof(monkeypatch: pytest.MonkeyPat
         run(program, CACHE)
 
 
-def test_twice() -> None:
-    program = with_sites(ONE)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_twice(bits: int) -> None:
+    program = with_sites(ONE) if bits == 16 else frozen(ONE, bits, channels=True)
     run(program, CACHE)
     inputs, outputs = program.inputs, program.outputs
     assert_settled(program, CACHE)

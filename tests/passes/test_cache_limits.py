@@ -18,6 +18,7 @@ from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.verify import relative_error
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.passes.add_cache import AddCache
+from fptq_compiler.passes.place_quantizers import PlaceQuantizers
 from fptq_compiler.recipe_parts import CacheRecipe
 from fptq_compiler.runtime.session_file import SessionFile
 from tests import toys
@@ -31,6 +32,7 @@ from tests.passes.test_add_cache import (
     assert_refused,
     attending,
     decoded,
+    freeze,
     whole,
 )
 from tests.toys import MAX_POSITIONS, Toy, ToyConfig, make_tokens, make_toy
@@ -67,6 +69,26 @@ def test_a_factor_on_the_queries(monkeypatch: pytest.MonkeyPatch, rope: Any) -> 
         return functional.scaled_dot_product_attention(q * 0.7, k, v, is_causal=True, scale=1.0)
 
     program = attending(monkeypatch, attend, ToyConfig(layers=1, rope=rope, kv_heads=4))
+    expected = whole(program)
+    run(program, CACHE)
+    assert relative_error(decoded(program), expected) < TABLES
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["per-tensor", "per-channel"])
+def test_a_factor_on_the_keys(monkeypatch: pytest.MonkeyPatch, channels: bool) -> None:
+    """It goes into the scale of the scores and out of that of the cache."""
+
+    def attend(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k * 0.7, v, is_causal=True)
+
+    monkeypatch.setattr(toys.Attention, "attend", attend)
+    place = PlaceQuantizers(
+        weights=16, activations=16, cache=4, block=0, embedding_bits=16, head_bits=16,
+        stored_cache=True, channel_scales=channels,
+    )
+    config = ToyConfig(layers=1, kv_heads=4)
+    program = edited(config, lambda _: None, *FIND_SITES, place)
+    freeze(program, 0.5)
     expected = whole(program)
     run(program, CACHE)
     assert relative_error(decoded(program), expected) < TABLES

@@ -136,6 +136,39 @@ def test_numbers(block: int) -> None:
     assert FreezeQuantizers.effect is Effect.APPROXIMATES
 
 
+STORED = """
+activation_quantizers_add_1_key_frozen = fptq.stored(add_1, \
+%activation_quantizers.add_1_key_scale, 4)
+activation_quantizers_transpose_2_value_frozen = fptq.stored(transpose_2, \
+%activation_quantizers.transpose_2_value_scale, 4)
+"""
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["per_tensor", "per_channel"])
+def test_what_a_cache_will_store(channels: bool) -> None:
+    """The frozen values are the fake-quantised ones, bit for bit."""
+    place = PlaceQuantizers(
+        weights=16, activations=16, cache=4, block=0, embedding_bits=16, head_bits=16,
+        stored_cache=True, channel_scales=channels,
+    )
+    program = with_sites(ToyConfig(layers=1), place)
+    shape = (1, 2, 1, 8) if channels else (1, 1, 1, 1)
+    scale = torch.linspace(0.1, 0.9, 16 if channels else 1).reshape(shape)
+    for record in program.activation_quantizers:
+        module = program.module.get_submodule(record.module)
+        assert isinstance(module, ActivationFakeQuantizer)
+        module.set_range(scale.view_as(module.scale), torch.tensor(0.0))
+    program.facts |= {"calibrated", "folded"}
+    ids = make_tokens(CONFIG, 2, 11)
+    before = program.run(ids)
+    assert run(program, FreezeQuantizers()).changed == 2
+    names = [f"{q.node}_frozen" for q in program.activation_quantizers]
+    assert pick(program, *names) == STORED
+    for record in program.activation_quantizers:
+        assert program.parameter(f"{record.module}_scale").equal(scale)
+    assert program.run(ids).equal(before)
+
+
 def test_near_miss() -> None:
     """Without ranges there is nothing to freeze: the pipeline names the missing fact."""
     program = _calibrated()

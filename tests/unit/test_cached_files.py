@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from fptq_compiler.errors import RuntimeInputError, UnsupportedModelError
 from fptq_compiler.graph import cache_ops, evaluate, ops
@@ -30,8 +31,10 @@ ALIGNED = ToyConfig(layers=2, hidden=32, mlp=48, head_dim=16)
 NARROW = replace(ALIGNED, layers=1, head_dim=8)
 TARGETS = ("qdq", "ort-cpu")
 FLOAT = "16-16-16"
-QUANTISED = ("4-8-8", "4-4-4", "4-16-8")
-TYPES = {FLOAT: "float32", "4-8-8": "int8", "4-4-4": "int4", "4-16-8": "int8"}
+PER_TENSOR = ("4-8-8", "4-4-4", "4-16-8")
+PER_CHANNEL = ("4-8-8 per-channel", "4-4-4 per-channel")
+QUANTISED = (*PER_TENSOR, *PER_CHANNEL)
+TYPES = {"16": "float32", "8": "int8", "4": "int4"}
 CLOSE = 1e-4
 """Of the largest logit, as in lower.parity. Sums in another order show 4e-7; a key that is hidden
 or turned wrongly shows 1e-2, a code that flips at a tie 1e-3 (none does on these tokens)."""
@@ -42,8 +45,15 @@ Logits = npt.NDArray[np.float32]
 Compile = Callable[..., Compiled]
 
 
-def with_cache(bits: str, target: str) -> Recipe:
-    return quick(bits, target=target, cache=CacheRecipe(enabled=True, max_length=LENGTH))
+def with_cache(setting: str, target: str) -> Recipe:
+    """The recipe of "W-A-KV" or "W-A-KV scales"."""
+    bits, _, scales = setting.partition(" ")
+    cache = CacheRecipe(enabled=True, max_length=LENGTH, scales=scales or "per-tensor")
+    return quick(bits, target=target, cache=cache)
+
+
+def cache_type(setting: str) -> str:
+    return TYPES[setting.partition(" ")[0].rpartition("-")[2]]
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +110,13 @@ def test_decoding_is_the_whole_sequence(
     tokens have none. Float caches show the difference itself.
     """
     model = load(toy(target, bits).path, threads=1)
-    assert (model.cache_type, model.layers) == (TYPES[bits], 2)
+    assert (model.cache_type, model.layers) == (cache_type(bits), 2)
     ids = random_ids(2, 12)
     whole, at_once = model.step(ids, model.start(2))
     found, grown = decode(model, ids, bounds)
     assert error(found, whole) <= CLOSE
     for one, other in zip(stored(grown), stored(at_once), strict=True):
-        assert one.shape == (2, 2, 12, 8 if bits == "4-4-4" else 16)
+        assert one.shape == (2, 2, 12, 8 if cache_type(bits) == "int4" else 16)
         if bits == FLOAT:
             assert np.abs(one - other).max() <= CLOSE * np.abs(other).max()
         else:
@@ -141,7 +151,7 @@ def test_the_file_stores_the_codes_of_the_program(toy: Compile, target: str, bit
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("bits", [FLOAT, "4-8-8", "4-4-4"])
+@pytest.mark.parametrize("bits", [FLOAT, "4-8-8", "4-4-4", *PER_CHANNEL])
 @pytest.mark.parametrize("target", TARGETS)
 def test_padding_moves_nothing(toy: Compile, target: str, bits: str, side: str) -> None:
     """Two prompts of unlike length in one batch, then a token each and a chunk each."""
@@ -225,13 +235,42 @@ def test_ort_cpu_has_a_fused_kernel_for_one_token(toy: Compile, bits: str) -> No
     assert (counts["If"], counts["GroupQueryAttention"]) == (4, 2)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_the_scales_stand_in_the_file(toy: Compile, target: str, bits: str) -> None:
+    """One for each of 2 heads of 16 channels, or one; the fused kernel is told which."""
+    compiled = toy(target, bits)
+    scales = {k: t for k, t in compiled.initializers().items() if k.startswith("cache.")}
+    kinds = ("key_scale", "value_scale")
+    assert set(scales) == {f"cache.{n}.{kind}" for n in range(2) for kind in kinds}
+    for name, tensor in scales.items():
+        value = numpy_helper.to_array(tensor)
+        assert value.shape == ((1, 2, 1, 16) if bits in PER_CHANNEL else (1, 1, 1, 1))
+        assert value.size == len(np.unique(value))
+        assert np.array_equal(value, compiled.program.parameter(name).numpy())
+    for one, _ in branches(compiled.model):
+        given = {a.name: a.s for node in one.node for a in node.attribute if a.s}
+        expected = b"PER_CHANNEL" if bits in PER_CHANNEL else b"PER_TENSOR"
+        assert given["k_quant_type"] == given["v_quant_type"] == expected
+
+
+@pytest.mark.parametrize("bits", PER_CHANNEL)
+def test_scales_per_channel_lose_less(toy: Compile, bits: str) -> None:
+    """Signal to noise in dB of the keys and values of each layer, on the calibration tokens."""
+    channels, tensor = (toy("qdq", x).report.sqnr for x in (bits, bits.partition(" ")[0]))
+    stored = [n for n in channels if n.endswith(("_key", "_value"))]
+    assert len(stored) == 4
+    for name in stored:
+        assert channels[name] > tensor[name]
+
+
 @pytest.mark.parametrize("bits", [FLOAT, *QUANTISED])
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_of_the_linears(toy: Compile, target: str, bits: str) -> None:
     """Seven linears a layer, or five where query, key and value are one, and the head."""
     counts = node_counts(toy(target, bits))
     linears = {"qdq": 14, "ort-cpu": 10}[target]
-    integer = linears + 1 if bits in ("4-8-8", "4-4-4") else 0
+    integer = linears + 1 if bits not in (FLOAT, "4-16-8") else 0
     assert counts.get("MatMulIntegerToFloat", 0) == integer
     # INT8, the head's bits, has no fast weight-only kernel.
     assert counts.get("MatMulNBits", 0) == (linears if bits == "4-16-8" else 0)
@@ -321,7 +360,7 @@ def test_other_heads_on_ort_cpu(toy: Compile, name: str) -> None:
         assert error(decode(model, ids, bounds)[0], original) <= CLOSE
 
 
-@pytest.mark.parametrize("bits", ["4-8-8", "4-4-4"])
+@pytest.mark.parametrize("bits", ["4-8-8", "4-4-4", *PER_CHANNEL])
 def test_a_narrow_head_falls_back_with_a_quantised_cache(toy: Compile, bits: str) -> None:
     compiled = toy("ort-cpu", bits, NARROW)
     assert not branches(compiled.model)
@@ -394,9 +433,12 @@ def test_a_model_that_cannot_leaves_no_file(tmp_path: Path) -> None:
 PROBE = torch.arange(24).reshape(2, 12)
 
 
+@pytest.mark.parametrize("bits", ["4-16-8", "4-16-8 per-channel", "4-16-4 per-channel"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_parity_compares_what_is_stored(toy: Compile, target: str, tmp_path: Path) -> None:
-    compiled = toy(target, "4-16-8")
+def test_parity_compares_what_is_stored(
+    toy: Compile, target: str, bits: str, tmp_path: Path
+) -> None:
+    compiled = toy(target, bits)
     config = SessionFile.read(compiled.path).session_config
     parity = check_parity(compiled.program, compiled.path, PROBE, tmp_path, config)
     assert parity.failures() == []
@@ -405,23 +447,22 @@ def test_parity_compares_what_is_stored(toy: Compile, target: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("bits", ["4-16-8", "4-16-4 per-channel"])
 @pytest.mark.parametrize("which", [0, 1], ids=["one", "many"])
 def test_parity_sees_another_scale_in_one_branch(
-    toy: Compile, which: int, tmp_path: Path
+    toy: Compile, which: int, bits: str, tmp_path: Path
 ) -> None:
     """A tenth more: codes away from zero move by more than a tie."""
-    compiled = toy("ort-cpu", "4-16-8")
+    compiled = toy("ort-cpu", bits)
     model = compiled.model
-    core = compiled.program.call_nodes(cache_ops.cached_attention)[0]
-    scale = np.float32(core.args[14])  # type: ignore[arg-type]
+    right = compiled.initializers()["cache.0.key_scale"]
+    wrong = np.float32(1.1) * numpy_helper.to_array(right)
+    model.graph.initializer.append(numpy_helper.from_array(wrong, "wrong"))
     changed = 0
     for node in branches(model)[0][which].node:
-        for attribute in node.attribute:
-            if attribute.name == "value_float" and np.float32(attribute.f) == scale:
-                attribute.f *= 1.1
-                changed += 1
-            if attribute.name == "value_floats" and np.float32(attribute.floats[0]) == scale:
-                attribute.floats[0] *= 1.1
+        for place, name in enumerate(node.input):
+            if name == right.name:
+                node.input[place] = "wrong"
                 changed += 1
     assert changed >= 1
     path = tmp_path / "changed.onnx"

@@ -11,10 +11,11 @@ from fptq_compiler.optimize.calibrate import (
     calibrate_weights,
     sink_factor,
 )
+from fptq_compiler.passes.place_quantizers import PlaceQuantizers
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.quant.grid import Grid
-from fptq_compiler.quant.ranges import activation_range
-from tests.passes.steps import quantized
+from fptq_compiler.quant.ranges import activation_range, channel_scale
+from tests.passes.steps import quantized, with_sites
 from tests.toys import ToyConfig
 
 IDS = torch.arange(40).reshape(2, 20)
@@ -60,6 +61,21 @@ def test_ranges_are_those_of_the_float_model(program: Program) -> None:
         scale, _ = activation_range(value, Grid(8, symmetric=False), 2.0)
         # batches of one against the batch of two: float32 sums in another order
         assert scales[path] == pytest.approx(scale.item(), rel=1e-3), path
+
+
+def test_keys_and_values_may_have_a_scale_a_channel() -> None:
+    place = PlaceQuantizers(
+        weights=16, activations=16, cache=4, block=0, embedding_bits=16, head_bits=16,
+        stored_cache=True, channel_scales=True,
+    )
+    program = with_sites(ToyConfig(), place)
+    calibrate(program)
+    modules = [program.module.get_submodule(q.module) for q in program.activation_quantizers]
+    scales = [module.scale.clone() for module in modules]
+    assert [scale.shape for scale in scales] == [(1, 2, 1, 8)] * 4
+    for scale, value in zip(scales, float_values(program).values(), strict=True):
+        expected = channel_scale(value, Grid(4, symmetric=True), 2.0)
+        torch.testing.assert_close(scale, expected, rtol=1e-3, atol=0)
 
 
 def test_every_weight_gets_a_scale_and_a_figure(program: Program) -> None:

@@ -14,6 +14,7 @@ from fptq_compiler.quant import (
     PerChannel,
     PerTensor,
     activation_range,
+    channel_scale,
     fake_quantize,
     minmax_range,
     minmax_scale,
@@ -176,3 +177,50 @@ def test_misuse_is_refused() -> None:
         activation_range(torch.zeros(0), Grid(8, False))
     with pytest.raises(ValueError, match="steps must be"):
         activation_range(torch.ones(3), Grid(8, False), steps=0)
+
+
+# One scale for each head and channel of (B, H, S, D).
+
+
+@PROPERTY
+@given(
+    seed=st.integers(0, 999),
+    bits=st.sampled_from([4, 8]),
+    p=st.sampled_from([2.0, 3.0, 4.0]),
+    outlier=st.booleans(),
+)
+def test_channel_scales_are_never_worse_than_one_for_all(
+    seed: int, bits: int, p: float, outlier: bool
+) -> None:
+    """In no channel, so that neither in the sum over all that the search of one minimises."""
+    x = _heavy((2, 3, 40, 4), seed)
+    if outlier:
+        x[0, 1, 5, 2] = 1000.0
+    grid = Grid(bits, True)
+    found, (common, _) = channel_scale(x, grid, p), activation_range(x, grid, p)
+    assert (found.shape, found.dtype) == ((1, 3, 1, 4), torch.float32)
+    own, one = (
+        (fake_quantize(x, s, None, grid) - x).abs().pow(p).sum((0, 2)) for s in (found, common)
+    )
+    assert bool((own <= one * ROUNDING).all())
+    assert float(own.sum()) < float(one.sum())
+
+
+def test_each_channel_has_the_scale_of_its_own_samples() -> None:
+    x = _heavy((2, 3, 40, 4), 1)
+    grid = Grid(4, True)
+    found = channel_scale(x, grid, 2.0)
+    other = x.clone()
+    other[:, 1, :, 2] *= 8  # a power of two: the same search on the same codes
+    moved = channel_scale(other, grid, 2.0)
+    expected = found.clone()
+    expected[0, 1, 0, 2] *= 8
+    torch.testing.assert_close(moved, expected)
+    assert float(channel_scale(torch.zeros(1, 1, 3, 1), grid)) == 1.0
+
+
+def test_channel_scales_refuse_what_ranges_refuse() -> None:
+    with pytest.raises(ValueError, match="only finite ones"):
+        channel_scale(torch.full((1, 1, 2, 1), float("inf")), Grid(4, True))
+    with pytest.raises(ValueError, match="symmetric grid"):
+        channel_scale(torch.ones(1, 1, 2, 1), Grid(4, False))

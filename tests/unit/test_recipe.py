@@ -153,6 +153,8 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
         ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
         ("[cache]\nmax_length = 64", r"no cache to hold so many tokens; ask for one with --kv"),
+        ("[cache]\nscales = 'per-channel'", r"no cache to have them; ask for one with --kv-cache"),
+        ("[cache]\nscales = 'per-chanel'", "did you mean 'per-channel'?"),
         ("target = 'qd'", "did you mean 'qdq'?"),
         ("verify = 'fill'", "did you mean 'full'?"),
         ("name = ", "not valid TOML"),
@@ -200,6 +202,14 @@ def test_the_cache_and_its_length_are_asked_for_together() -> None:
     assert (cached.enabled, cached.max_length) == (True, 64)
     with pytest.raises(RecipeError, match="ask for one with --kv-cache"):
         Recipe().override(max_length=64)
+
+
+def test_the_scales_of_the_cache_are_asked_for_with_it() -> None:
+    assert Recipe().override(kv_cache=True).cache.scales == "per-tensor"
+    cached = Recipe().override(kv_cache=True, kv_scales="per-channel").cache
+    assert (cached.enabled, cached.scales) == (True, "per-channel")
+    with pytest.raises(RecipeError, match="ask for one with --kv-cache"):
+        Recipe().override(kv_scales="per-channel")
 
 
 @pytest.mark.parametrize(
