@@ -108,7 +108,7 @@ class Recipe:
         """Channels that T_d mixes with each other; 0 is all."""
         if self.transforms.hadamard_block is not None:
             return self.transforms.hadamard_block
-        return 0 if self.bits.activations == 4 else 64
+        return 0 if self.bits.activations == 4 else 32
 
     def override(
         self,

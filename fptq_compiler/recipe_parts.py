@@ -115,7 +115,7 @@ class TransformsRecipe:
         hadamard_block: channels that T_d mixes with each other, at run time one matmul with a
             matrix of that order; 0 mixes all, which costs two matmuls and a transpose. A width
             that it does not divide is mixed whole. None is "auto": 0 for 4-bit activations,
-            which need it, else 64.
+            which need it, else 32.
     """
 
     names: tuple[str, ...] | None = field(

@@ -235,9 +235,9 @@ def test_tables_stay_in_float_where_weights_do() -> None:
 
 def test_the_hadamard_is_whole_where_activations_have_four_bits() -> None:
     blocks = [Recipe().override(bits=bits).hadamard_block for bits in ("4-8-8", "4-4-4")]
-    assert blocks == [64, 0]
-    fixed = Recipe(bits=Bits(4, 4, 4), transforms=TransformsRecipe(hadamard_block=32))
-    assert fixed.hadamard_block == 32
+    assert blocks == [32, 0]
+    fixed = Recipe(bits=Bits(4, 4, 4), transforms=TransformsRecipe(hadamard_block=64))
+    assert fixed.hadamard_block == 64
 
 
 def test_tables_have_bits_of_their_own() -> None:
