@@ -144,7 +144,7 @@ def _attend(given: cache_ops.CachedAttention) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def _run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """All outputs, with quantisers of activations and caches passing values on."""
+    """All outputs, with quantisers of activations passing values on and float caches."""
     module = program.module
     nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr")]
     environment: Environment = bind_inputs(module, inputs, None)

@@ -67,10 +67,9 @@ class PlaceQuantizers(Pass):
                 for position, role in ((1, "key"), (2, "value")):
                     source = core.args[position]
                     assert isinstance(source, Node)
-                    _, heads, _, width = source.meta["val"].shape
                     _place_activation(
                         program, source, [core], self.cache, role, symmetric=self.stored_cache,
-                        scale_shape=(1, heads, 1, width) if self.channel_scales else (),
+                        scale_shape=_channels(source) if self.channel_scales else (),
                     )
         return PassResult(len(program.weight_quantizers) + len(program.activation_quantizers))
 
@@ -128,6 +127,12 @@ def _place_weight(program: Program, reader: Node, position: int, bits: int, bloc
             if user < edge:
                 user.prepend(edge)
     program.weight_quantizers.append(WeightQuantizer(name, path, bits, block, role))
+
+
+def _channels(source: Node) -> tuple[int, ...]:
+    """The shape of one scale for each head and channel of (B, H, S, D)."""
+    _, heads, _, width = source.meta["val"].shape
+    return 1, heads, 1, width
 
 
 def _place_activation(program: Program, source: Node, readers: list[Node], bits: int,
