@@ -138,7 +138,7 @@ def _drop_writes(program: Program) -> None:
 
 
 def _drop_empty_parts(program: Program) -> None:
-    """transformers begins a cache with a literal tensor of no elements."""
+    """A cache may begin with a literal tensor of no elements, as that of transformers does."""
     for node in program.call_nodes(aten.cat.default):
         parts = parts_of(node)
         if len(parts) == 1:

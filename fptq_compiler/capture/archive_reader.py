@@ -19,7 +19,7 @@ SAMPLES = "data/sample_inputs/"
 CACHES = frozenset(
     {"transformers.cache_utils.DynamicCache", "transformers.cache_utils:DynamicCache"}
 )
-_LEAF = {"type": None, "context": None, "children_spec": []}
+_LEAF: Mapping[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 class PlainReader(_package.PT2ArchiveReader):

@@ -167,12 +167,14 @@ class _Resizing:
     def _follow_slice(self, node: Node) -> None:
         """A slice to the end of an axis stays one."""
         change = self._change(node.args[0])
-        axis, start, end, *rest = (*node.args[1:], *(0, None, None)[len(node.args) - 1:])
-        if change is None or not isinstance(axis, int) or not isinstance(end, int):
+        if change is None or len(node.args) < 4:
             return
+        source, axis, start, end = node.args[:4]
+        assert isinstance(axis, int)
         size = change.before[axis]
-        if change.freed(axis) and isinstance(size, int) and end >= size:
-            node.args = (node.args[0], axis, start, END, *rest)
+        whole = isinstance(end, int) and isinstance(size, int) and end >= size
+        if whole and change.freed(axis):
+            node.args = (source, axis, start, END, *node.args[4:])
 
     def _cut_mask(self, node: Node) -> None:
         keys = self._change(node.args[1])

@@ -29,7 +29,9 @@ def unlift(exported: ExportedProgram) -> Program:
         UnsupportedModelError: the graph has no tensor input or no floating output.
     """
     if any(_mutates(n) for n in exported.graph.nodes):
-        exported = _with_own_constants(exported).run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, as it copies its own trees
+            exported = _with_own_constants(exported).run_decompositions({})
     module = exported.module(check_guards=False)
     graph = module.graph
     for node in list(graph.nodes):
@@ -101,6 +103,4 @@ def _with_own_constants(exported: ExportedProgram) -> ExportedProgram:
         else:
             specs.append(spec)
     signature = replace(exported.graph_signature, input_specs=specs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, as it copies its own trees
-        return exported._update(exported.graph_module, signature, constants=constants)
+    return exported._update(exported.graph_module, signature, constants=constants)

@@ -1,0 +1,106 @@
+"""Models that transformers captured with a KV cache of its own, all the way to ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.export import Dim, ExportedProgram
+from transformers.integrations import executorch
+
+from fptq_compiler import driver
+from fptq_compiler.capture.archive import load_archive
+from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph import evaluate
+from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.verify import relative_error
+from fptq_compiler.progress import SilentProgress
+from fptq_compiler.recipe import CacheRecipe
+from fptq_compiler.runtime.session import load
+from fptq_compiler.stages import take_in
+from tests.compiling import quick, run_onnx
+from tests.real.families import VOCABULARY, Family, make_model
+from tests.real.test_kv_cache import CLOSE, WIDE, check_decoding, compile_cached
+
+POSITIONS = 40
+"""Of the static caches."""
+ANGLES = 1e-6
+"""Relative: transformers computes the angles of RoPE in float32, which shows 3e-8."""
+FREE = Dim.DYNAMIC
+FAMILIES = {
+    "llama": Family(settings=WIDE),
+    "llama-eager": Family(settings=WIDE, attention="eager"),
+    "qwen2": Family("Qwen2", settings=WIDE),
+    "gemma": Family("Gemma", settings=WIDE),
+    "phi3": Family("Phi3", settings={"hidden_size": 64}),
+    "llama-bfloat16": Family(settings=WIDE, dtype=torch.bfloat16),
+}
+
+
+def growing(model: Any) -> ExportedProgram:
+    """DynamicCache, as the documentation of transformers captures it: mask, cache, logits."""
+    executorch.register_dynamic_cache_export_support()
+    cache = transformers.DynamicCache(config=model.config)
+    model(torch.arange(10).reshape(2, 5), past_key_values=cache, use_cache=True)
+    layers = model.config.num_hidden_layers
+    past = {0: FREE, 2: FREE}
+    return torch.export.export(
+        model,
+        (),
+        {
+            "input_ids": torch.arange(6).reshape(2, 3),
+            "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+            "past_key_values": cache,
+            "use_cache": True,
+        },
+        dynamic_shapes={
+            "input_ids": {0: FREE, 1: FREE},
+            "attention_mask": {0: FREE, 1: FREE},
+            "past_key_values": [[past] * layers, [past] * layers],
+            "use_cache": None,
+        },
+        strict=False,
+    )
+
+
+def static(model: Any, *, strict: bool = False, batch: int = 1) -> ExportedProgram:
+    """StaticCache, as transformers' own exporter for ExecuTorch captures it."""
+    model.generation_config = transformers.GenerationConfig(
+        use_cache=True,
+        cache_implementation="static",
+        cache_config={"batch_size": batch, "max_cache_len": POSITIONS},
+    )
+    tokens = {1: Dim("tokens", max=POSITIONS - 1)}
+    module = executorch.TorchExportableModuleForDecoderOnlyLM(model)
+    return module.export(
+        input_ids=torch.arange(3).expand(batch, 3),
+        cache_position=torch.arange(3),
+        dynamic_shapes={"input_ids": tokens, "cache_position": {0: tokens[1]}},
+        strict=strict,
+    )
+
+
+def whole(model: Any, program: Program, rows: int, tokens: int) -> float:
+    """How far the program is from transformers without a cache, in float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(VOCABULARY, (rows, tokens), generator=generator)
+    found = evaluate.logits(program.module, [ids], torch.float64)
+    return relative_error(found, model.double()(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("capture", [growing, static])
+def test_what_is_left_computes_whole_sequences(
+    capture: Callable[[Any], ExportedProgram], name: str
+) -> None:
+    """Any batch, though a static cache fixes it, and any length."""
+    model = make_model(FAMILIES[name])
+    program = take_in(capture(model))
+    assert [(s.name, s.dims) for s in program.inputs] == [("input_ids", ("batch", "sequence"))]
+    for rows, tokens in [(1, 1), (2, 9), (3, 30)]:
+        assert whole(model, program, rows, tokens) <= ANGLES
