@@ -24,6 +24,9 @@ SCALING_PLACES: Final = ("down_proj", "o_proj")
 LONGEST_CACHE: Final = 8192
 """Of a model that says a longer context or none: its tables of angles stand in the file."""
 
+SHORTEST_CACHE: Final = 32
+"""The tokens that the written file is compared on with the program."""
+
 CACHE_SCALES: Final = ("per-tensor", "per-channel")
 WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
@@ -234,8 +237,8 @@ class CacheRecipe:
 
     Attributes:
         enabled: past keys and values are inputs, present ones outputs.
-        max_length: tokens that a sequence may have, past included; 0 takes the model's context,
-            at most LONGEST_CACHE.
+        max_length: tokens that a sequence may have, past included, at least SHORTEST_CACHE; 0
+            takes the model's context, at most LONGEST_CACHE.
         scales: of a quantised cache: "per-tensor" is one for the keys and one for the values of
             a layer, "per-channel" one for each of their heads and channels.
     """
@@ -245,7 +248,8 @@ class CacheRecipe:
     scales: str = "per-tensor"
 
     def __post_init__(self) -> None:
-        check_at_least("cache.max_length", self.max_length, 0)
+        if self.max_length:
+            check_at_least("cache.max_length", self.max_length, SHORTEST_CACHE)
         check_one_of("cache.scales", self.scales, CACHE_SCALES)
         if self.max_length and not self.enabled:
             message = (

@@ -37,13 +37,13 @@ from fptq_compiler.cli.console import listening
 from fptq_compiler.errors import FptqError
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import load_recipe
+from fptq_compiler.recipe_parts import SHORTEST_CACHE
 from fptq_compiler.runtime.model import Model
 from fptq_compiler.runtime.model_file import ModelFile, read_model_file
 from fptq_compiler.runtime.session import available_providers, open_session
 
 FLOAT = "16-16-16"
 SETTINGS = tuple(f"{w}-{kv}" for w in ("16-16", "4-16", "4-8", "4-4") for kv in (16, 8, 4))
-PROBE = 32  # tokens that the logits are compared on, which the cache must hold
 MS = 1e3
 
 
@@ -221,7 +221,7 @@ def main(
     except FptqError as error:
         raise click.UsageError(str(error)) from error
     settings = Settings(prompt_lengths, decode_at, 1, threads, full_name, repeats)
-    length = max(PROBE, *prompt_lengths, *(past + 1 for past in decode_at))
+    length = max(SHORTEST_CACHE, *prompt_lengths, *(past + 1 for past in decode_at))
     with tempfile.TemporaryDirectory() as name, listening(0) as progress:
         place = folder or Path(name)
         source = model or synthetic(Path(name), 1, 192, 128)

@@ -200,6 +200,8 @@ def test_flags_override_only_what_they_name() -> None:
 def test_the_cache_and_its_length_are_asked_for_together() -> None:
     cached = Recipe().override(kv_cache=True, max_length=64).cache
     assert (cached.enabled, cached.max_length) == (True, 64)
+    with pytest.raises(RecipeError, match=r"cache\.max_length is 31, expected .* at least 32"):
+        Recipe().override(kv_cache=True, max_length=31)
     with pytest.raises(RecipeError, match="ask for one with --kv-cache"):
         Recipe().override(max_length=64)
 

@@ -28,6 +28,7 @@ FULL = SessionFile(
     context_length=40,
     bos_token_id=1,
     eos_token_ids=(2, 3),
+    arithmetic="in words",
 )
 
 
@@ -55,6 +56,7 @@ def test_the_session_file_is_the_contract(tmp_path: Path) -> None:
         "context_length": 40,
         "bos_token_id": 1,
         "eos_token_ids": [2, 3],
+        "arithmetic": "in words",
     }
     assert SessionFile.read(tmp_path / "out.onnx") == FULL
 
