@@ -18,6 +18,7 @@ from fptq_compiler.capture.source import Captured
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower import lower
+from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
@@ -63,6 +64,7 @@ def compile_file(model: Path, output: Path, options: Options, progress: Progress
     Raises:
         FptqError: whatever is the user's to mend; see `fptq_compiler.errors`.
     """
+    float_type_of(options.recipe)
     report = _new_report(model.name, options.recipe)
     with report.stage("capture"):
         examples = load_example_inputs(options.example_inputs) if options.example_inputs else None
@@ -94,6 +96,7 @@ def compile_model(
         FptqError: whatever is the user's to mend.
     """
     options = options or Options()
+    float_type_of(options.recipe)
     report = _new_report(type(model).__name__, options.recipe)
     with report.stage("capture"):
         source = _take(capture(model, example_inputs=example_inputs), options.recipe)

@@ -41,6 +41,7 @@ __all__ = [
     "BUILT_IN",
     "CACHE_SCALES",
     "DEFAULT_RECIPE",
+    "DTYPES",
     "TARGETS",
     "TRANSFORMS",
     "VERIFY_LEVELS",
@@ -55,14 +56,18 @@ __all__ = [
     "load_recipe",
 ]
 
-TARGETS: Final = ("qdq", "ort-cpu")
+TARGETS: Final = ("qdq", "ort-cpu", "ort-cuda", "tensorrt")
+DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 VERIFY_LEVELS: Final = ("off", "probe", "full")
 DEFAULT_RECIPE: Final = "fptquant-local"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that changes the written file."""
+    """Everything that changes the written file.
+
+    `dtype` is what the file computes in where it does not in integers; "auto" is the target's.
+    """
 
     name: str = DEFAULT_RECIPE
     bits: Bits = field(default_factory=Bits, metadata=spelled(read_bits, str))
@@ -73,11 +78,13 @@ class Recipe:
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     cache: CacheRecipe = field(default_factory=CacheRecipe)
     target: str = "qdq"
+    dtype: str = "auto"
     verify: str = "probe"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_one_of("target", self.target, TARGETS)
+        check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("verify", self.verify, VERIFY_LEVELS)
         check_at_least("seed", self.seed, 0)
         if self.weights.matmulnbits_accuracy_level == 4 and not self.weight_only:
@@ -118,6 +125,7 @@ class Recipe:
         samples: int | None = None,
         sequence_length: int | None = None,
         target: str | None = None,
+        dtype: str | None = None,
         verify: str | None = None,
         seed: int | None = None,
         kv_cache: bool | None = None,
@@ -135,6 +143,7 @@ class Recipe:
             samples: calibration sequences.
             sequence_length: tokens of each.
             target: form of the ONNX file.
+            dtype: float type of the ONNX file.
             verify: how much is proved by running it.
             seed: of every random draw.
             kv_cache: whether the file has a cache.
@@ -147,7 +156,9 @@ class Recipe:
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
         """
-        changed: dict[str, Any] = {"target": target, "verify": verify, "seed": seed}
+        changed: dict[str, Any] = {
+            "target": target, "dtype": dtype, "verify": verify, "seed": seed
+        }
         if bits is not None:
             changed["bits"] = Bits.parse(bits)
         if transforms is not None:

@@ -14,7 +14,7 @@ from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier
-from fptq_compiler.lower.targets import target_of
+from fptq_compiler.lower.targets import float_type_of, target_of
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
 from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
@@ -29,6 +29,7 @@ from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.pack_projections import PackProjections
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
+from fptq_compiler.passes.round_scales import RoundScales
 from fptq_compiler.passes.strip_cache import StripCache
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
@@ -142,6 +143,7 @@ def quantize(
         head_bits=recipe.head_bits,
         stored_cache=recipe.cache.enabled,
         channel_scales=recipe.cache.scales == "per-channel",
+        symmetric=target_of(recipe.target).symmetric_activations,
     )
     with report.stage("quantise"):
         _run(program, (place,), None, dump_dir)
@@ -161,7 +163,11 @@ def quantize(
             steps.append(ProtectFirstPosition(found.first_position))
             report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
         program.facts.add("calibrated")
-        _run(program, (*steps, FreezeQuantizers()), None, dump_dir)
+        steps.append(FreezeQuantizers())
+        float_type = float_type_of(recipe)
+        if float_type != "float32":
+            steps.append(RoundScales(getattr(torch, float_type)))
+        _run(program, tuple(steps), None, dump_dir)
 
 
 def cache(

@@ -4,7 +4,7 @@ Weights: every linear layer per output channel or block, the head with its own b
 embedding per row. Activations: the input of every linear (one quantiser where several read the
 same tensor), the head's with 8 bits at least. KV: the keys after RoPE and the values, in front
 of attention, on a symmetric grid where they are stored in a cache; there a scale may be that of
-one channel of one head.
+one channel of one head. A target may demand symmetric grids throughout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PlaceQuantizers(Pass):
 
     def __init__(self, *, weights: int, activations: int, cache: int, block: int,
                  embedding_bits: int, head_bits: int, stored_cache: bool = False,
-                 channel_scales: bool = False) -> None:
+                 channel_scales: bool = False, symmetric: bool = False) -> None:
         self.weights = weights
         self.activations = activations
         self.cache = cache
@@ -43,6 +43,7 @@ class PlaceQuantizers(Pass):
         self.head_bits = head_bits
         self.stored_cache = stored_cache
         self.channel_scales = channel_scales
+        self.symmetric = symmetric
 
     def run(self, program: Program) -> PassResult:
         """Weights first, then linear inputs, then keys and values."""
@@ -68,7 +69,8 @@ class PlaceQuantizers(Pass):
                     source = core.args[position]
                     assert isinstance(source, Node)
                     _place_activation(
-                        program, source, [core], self.cache, role, symmetric=self.stored_cache,
+                        program, source, [core], self.cache, role,
+                        symmetric=self.symmetric or self.stored_cache,
                         scale_shape=_channels(source) if self.channel_scales else (),
                     )
         return PassResult(len(program.weight_quantizers) + len(program.activation_quantizers))
@@ -83,7 +85,7 @@ class PlaceQuantizers(Pass):
             is_head = any(r in heads for r in readers)
             bits = max(self.activations, 8) if is_head else self.activations
             role = "head input" if is_head else "linear input"
-            _place_activation(program, source, readers, bits, role)
+            _place_activation(program, source, readers, bits, role, symmetric=self.symmetric)
 
 
 def head_linears(program: Program) -> set[Node]:

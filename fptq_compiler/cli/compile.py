@@ -16,6 +16,7 @@ from fptq_compiler.recipe import (
     BUILT_IN,
     CACHE_SCALES,
     DEFAULT_RECIPE,
+    DTYPES,
     TARGETS,
     TRANSFORMS,
     VERIFY_LEVELS,
@@ -98,6 +99,12 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--sequence-length", type=int, metavar="T", help="Tokens of each.")
 @click.option("--target", metavar="NAME", help=f"Form of the file: {', '.join(TARGETS)}.")
 @click.option(
+    "--dtype",
+    metavar="|".join(DTYPES),
+    help="What the file computes in where not in integers; auto is float16 for GPU targets, "
+    "else float32.",
+)
+@click.option(
     "--verify",
     metavar="|".join(VERIFY_LEVELS),
     help="How much of each rewrite is proved by running it before and after. The written file "
@@ -156,6 +163,7 @@ def command(
     samples: int | None,
     sequence_length: int | None,
     target: str | None,
+    dtype: str | None,
     verify: str | None,
     seed: int | None,
     device: str,
@@ -182,6 +190,7 @@ def command(
         samples=samples,
         sequence_length=sequence_length,
         target=target,
+        dtype=dtype,
         verify=verify,
         seed=seed,
         kv_cache=kv_cache,

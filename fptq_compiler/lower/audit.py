@@ -9,11 +9,12 @@ from torch.fx import Node
 
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.blocks import BLOCK, BLOCKS
 from fptq_compiler.report import AuditRow
 
 FLOAT_BITS = 16
-FLOAT = ir.DataType.FLOAT
 UINT8 = ir.DataType.UINT8
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 NAMES = {"linear": "linear weights", "head": "head", "embedding": "embedding"}
 
 
@@ -41,7 +42,10 @@ def audit(
         written = tensor.dtype.name
         if tensor.dtype == UINT8 and 2 * tensor.shape.numpy()[-1] == widths.get(str(name)):
             written = "INT4"  # two to a byte
-        kind, requested = wanted.get(str(name), (_kind(str(name)), written))
+        codes = str(name).removesuffix(BLOCKS)
+        if codes != name and codes in wanted:  # packed for MatMulNBits, BLOCK inputs in a row
+            written = f"INT{8 * int(tensor.shape[-1]) // BLOCK}"
+        kind, requested = wanted.get(codes, (_kind(codes), written))
         if str(name) in float_weights:
             kind, requested = "float weights of matmuls", f"INT{weight_bits}"
         row = rows[kind, requested, written]
@@ -69,7 +73,7 @@ def _float_matmul_weights(model: ir.Model) -> set[str]:
         for value in node.inputs[:2]:
             while value is not None and (move := _move_behind(value)) is not None:
                 value = move.inputs[0]
-            if value is None or value.const_value is None or value.const_value.dtype != FLOAT:
+            if value is None or value.const_value is None or value.const_value.dtype not in FLOATS:
                 continue
             if len(value.const_value.shape) == 2 and not str(value.name).startswith("online."):
                 found.add(str(value.name))

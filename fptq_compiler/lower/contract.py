@@ -18,7 +18,7 @@ import onnxruntime
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
-from fptq_compiler.lower.targets.qdq import forms_of
+from fptq_compiler.lower.targets.forms import forms_of
 from fptq_compiler.recipe import Recipe
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
@@ -78,6 +78,11 @@ def arithmetic_of(recipe: Recipe) -> str | None:
     )
 
 
+def broken_promises(program: Program, written: ir.Model, optimized: ir.Model) -> list[str]:
+    """What ONNX Runtime has not made of the program's linears, in words."""
+    return contract_of(program).check(*count_kernels(optimized))
+
+
 def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
     """Options with the entries that a target's forms rely on."""
     options = onnxruntime.SessionOptions()
@@ -87,10 +92,8 @@ def session_options(config: Mapping[str, str]) -> onnxruntime.SessionOptions:
     return options
 
 
-def optimized_kernels(
-    path: Path, folder: Path, config: Mapping[str, str]
-) -> tuple[Counter[str], int]:
-    """Kernel counts of the optimised graph, and how many dequantise an INT4 initialiser.
+def optimized_graph(path: Path, folder: Path, config: Mapping[str, str]) -> ir.Model:
+    """What ONNX Runtime's CPU provider makes of a file; large weights are not in it.
 
     Raises:
         LoweringError: ONNX Runtime cannot load the file; its message is quoted.
@@ -107,8 +110,17 @@ def optimized_kernels(
     except Exception as error:
         message = f"ONNX Runtime {onnxruntime.__version__} cannot load the written file: {error}"
         raise LoweringError(message) from error
-    # Subgraphs count: a kernel inside a branch runs as well.
     model = ir.load(optimized)
+    optimized.unlink()
+    (folder / "optimized.data").unlink(missing_ok=True)
+    return model
+
+
+def count_kernels(model: ir.Model) -> tuple[Counter[str], int]:
+    """Kernels of an optimised graph, and how many dequantise an INT4 initialiser.
+
+    Subgraphs count: a kernel inside a branch runs as well.
+    """
     kernels: Counter[str] = Counter()
     int4 = 0
     for node in model.graph.all_nodes():
@@ -117,6 +129,4 @@ def optimized_kernels(
             source = node.inputs[0]
             value = source.const_value if source is not None else None
             int4 += value is not None and value.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
-    optimized.unlink()
-    (folder / "optimized.data").unlink(missing_ok=True)
     return kernels, int4

@@ -10,17 +10,21 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets.carried import DOMAIN
+from fptq_compiler.lower.targets.types import FLOAT
 
 Expansion = Callable[[Emitter, ir.Node], tuple[Any, ...]]
 
 
-def expand(model: ir.Model, expansions: Mapping[str, Expansion]) -> int:
+def expand(
+    model: ir.Model, expansions: Mapping[str, Expansion], float_type: int = FLOAT
+) -> int:
     """Replace all nodes of the domain `fptq`; gives how many there were. Done in place."""
     graph = model.graph
     carried = [n for n in graph if n.domain == DOMAIN]
-    shared = Emitter("shared")
+    model.opset_imports.pop(DOMAIN, None)
+    shared = Emitter("shared", float_type=float_type)
     for number, node in enumerate(carried):
-        op = Emitter(f"{node.op_type.lower()}_{number}", shared)
+        op = Emitter(f"{node.op_type.lower()}_{number}", shared, float_type)
         made_before = len(shared.nodes)
         results = expansions[node.op_type](op, node)
         ir.convenience.replace_nodes_and_values(
@@ -29,8 +33,11 @@ def expand(model: ir.Model, expansions: Mapping[str, Expansion]) -> int:
         )
         for new, old in zip(results, node.outputs, strict=True):
             new.shape, new.type = old.shape, old.type
+        for value in op.initializers:
+            graph.register_initializer(value)
+    for value in shared.initializers:
+        graph.register_initializer(value)
     for domain in {n.domain for n in graph.all_nodes()} - {""}:
         model.opset_imports.setdefault(domain, 1)
-    model.opset_imports.pop(DOMAIN, None)
     RemoveUnusedNodesPass()(model)
     return len(carried)

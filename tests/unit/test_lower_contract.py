@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from fptq_compiler.errors import LoweringError
-from fptq_compiler.lower.contract import Contract, contract_of, optimized_kernels
+from fptq_compiler.lower.contract import Contract, contract_of, count_kernels, optimized_graph
 from fptq_compiler.runtime.session_file import FULL_PRECISION
 from tests.compiling import SMALL, Compiled, compile_toy, quick
 
@@ -35,7 +35,7 @@ def test_the_program_says_what_to_expect(compiled: Compiled) -> None:
 
 
 def test_the_written_file_keeps_the_contract(compiled: Compiled, tmp_path: Path) -> None:
-    kernels, int4 = optimized_kernels(compiled.path, tmp_path, FULL_PRECISION)
+    kernels, int4 = count_kernels(optimized_graph(compiled.path, tmp_path, FULL_PRECISION))
     assert contract_of(compiled.program).check(kernels, int4) == []
     assert list(tmp_path.iterdir()) == []  # the optimised copy is gone
 
@@ -60,7 +60,7 @@ def read_int4_directly(path: Path, target: Path) -> None:
 def test_the_naive_form_breaks_it(compiled: Compiled, tmp_path: Path) -> None:
     path = tmp_path / "naive.onnx"
     read_int4_directly(compiled.path, path)
-    kernels, int4 = optimized_kernels(path, tmp_path, FULL_PRECISION)
+    kernels, int4 = count_kernels(optimized_graph(path, tmp_path, FULL_PRECISION))
     assert int4 == LINEARS - 1
     fused, dequantized = contract_of(compiled.program).check(kernels, int4)
     assert fused == (
@@ -88,4 +88,4 @@ def test_a_file_that_the_runtime_refuses(tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.save(model, tmp_path / "refused.onnx")
     with pytest.raises(LoweringError, match=r"cannot load the written file: .*NoSuchOperator"):
-        optimized_kernels(tmp_path / "refused.onnx", tmp_path, FULL_PRECISION)
+        optimized_graph(tmp_path / "refused.onnx", tmp_path, FULL_PRECISION)

@@ -13,9 +13,10 @@ from typing import Any
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets.carried import Carried
 from fptq_compiler.lower.targets.pairs import byte, unpack_pairs
-from fptq_compiler.lower.targets.types import BOOL, FLOAT, INT8, UINT8
+from fptq_compiler.lower.targets.types import BOOL, FLOAT, FLOAT16, INT8, UINT8
 
 LOWEST = -3.0e38  # added to a score it hides the key; -inf would make rows of NaN
+LOWEST_OF_FLOAT16 = -3.0e4
 
 
 def positions(op: Emitter, mask: Any, ids: Any) -> Any:
@@ -40,7 +41,8 @@ def hidden_keys(op: Emitter, mask: Any, positions: Any) -> Any:
     queries = op.Unsqueeze(op.Slice(keys, op.Neg(sequence), op.ints(_END)), op.ints(1))
     shown = op.And(op.Less(keys, queries), op.Unsqueeze(op.Cast(mask, to=BOOL), op.ints(1, 2)))
     seen = op.Or(shown, op.Equal(keys, queries))
-    return op.Where(seen, op.float(0.0), op.float(LOWEST))
+    lowest = LOWEST_OF_FLOAT16 if op.float_type == FLOAT16 else LOWEST
+    return op.Where(seen, op.float(0.0), op.float(lowest))
 
 
 def rotate(
@@ -69,15 +71,18 @@ def rotate(
 
 
 def encode(op: Emitter, x: Any, scale: Any, bits: int) -> Any:
-    """Codes of (..., D) as the cache holds them; the scale broadcasts to x, None is float."""
+    """Codes of (..., D) as the cache holds them; the scale broadcasts to x, None is float.
+
+    In float32, as the fused kernels compute them.
+    """
     if scale is None:
         return x
     low, high = -float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)
-    rounded = op.Round(op.Div(x, scale))
-    codes = op.Clip(rounded, op.float(low), op.float(high))
+    rounded = op.Round(op.Div(op.wide(x), scale))
+    codes = op.Clip(rounded, op.float32(low), op.float32(high))
     if bits == 8:
         return op.Cast(codes, to=INT8)
-    shifted = op.Cast(op.Sub(codes, op.float(low)), to=UINT8)
+    shifted = op.Cast(op.Sub(codes, op.float32(low)), to=UINT8)
     even = op.Slice(shifted, op.ints(0), op.ints(_END), op.ints(-1), op.ints(2))
     odd = op.Slice(shifted, op.ints(1), op.ints(_END), op.ints(-1), op.ints(2))
     return op.BitwiseOr(even, op.BitShift(odd, byte(op, 4), direction="LEFT"))
@@ -88,7 +93,7 @@ def decode(op: Emitter, cache: Any, scale: Any, bits: int, head: int) -> Any:
     if scale is None:
         return cache
     codes = op.Cast(cache, to=FLOAT) if bits == 8 else unpack_pairs(op, cache, (0, 0, -1, head))
-    return op.Mul(codes, scale)
+    return op.narrow(op.Mul(codes, scale))
 
 
 def grouped_attention(op: Emitter, q: Any, k: Any, v: Any, bias: Any, heads: int, kv_heads: int,
@@ -106,7 +111,7 @@ def grouped_attention(op: Emitter, q: Any, k: Any, v: Any, bias: Any, heads: int
     sequence, keys = op.Shape(q, start=1, end=2), op.Shape(k, start=2, end=3)
     apart = op.Concat(op.ints(0, kv_heads, group), sequence, keys, axis=0)
     shown = op.Add(op.Reshape(scores, apart), op.Unsqueeze(bias, op.ints(1)))
-    weights = op.Softmax(shown, axis=-1)
+    weights = op.narrow(op.Softmax(op.wide(shown), axis=-1))
     together = op.Concat(op.ints(0, kv_heads, -1), keys, axis=0)
     mixed = op.MatMul(op.Reshape(weights, together), v)
     whole = op.Concat(op.ints(0, kv_heads, group), sequence, op.ints(head), axis=0)

@@ -26,6 +26,13 @@ register(
 register(DOMAIN, "Positions", ("mask", "ids"), ("positions",), {})
 register(DOMAIN, "UnitRms", ("x",), ("normalized", "inverse"), {})
 register(DOMAIN, "RmsNorm", ("x", "gain?"), ("normalized",), {"epsilon": FLOAT})
+register(
+    DOMAIN, "Attention", ("q", "k", "v", "mask?"), ("output",), {"causal": INT, "scale": FLOAT}
+)
+register(
+    DOMAIN, "Linear", ("x", "codes", "scale", "bias?"), ("y",), {"bits": INT, "block": INT}
+)
+register(DOMAIN, "SumOfSquares", ("x",), ("sum",), {})
 _fptq = Opset(DOMAIN, 1)
 
 
@@ -86,6 +93,21 @@ def carry_unit_rms(x: Any) -> Any:
     return _fptq.UnitRms(x)
 
 
+def carry_plain_attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
+    """The emitter of `fptq.attention`."""
+    return _fptq.Attention(q, k, v, mask, causal=int(causal), scale=scale)
+
+
+def carry_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
+    """The emitter of `fptq.linear`."""
+    return _fptq.Linear(x, codes, scale, bias, bits=bits, block=block)
+
+
 def carry_rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
     """The emitter of `fptq.rms_norm`."""
     return _fptq.RmsNorm(x, gain, epsilon=epsilon)
+
+
+def carry_sum_of_squares(x: Any) -> Any:
+    """The emitter of `fptq.sum_of_squares`."""
+    return _fptq.SumOfSquares(x)

@@ -30,6 +30,7 @@ from fptq_compiler.lower.targets.cache import (
 )
 from fptq_compiler.lower.targets.carried import Carried, carry_rms_norm, carry_unit_rms
 from fptq_compiler.lower.targets.causal import attention_in_pieces
+from fptq_compiler.lower.targets.forms import Forms, forms_of
 from fptq_compiler.lower.targets.schemas import INT, register
 from fptq_compiler.lower.targets.types import INT4, INT8, INT32
 
@@ -54,20 +55,29 @@ SMALLEST_BLOCK = 16  # of GatherBlockQuantized, whose blocks are powers of two
 def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
     """One token at a time by the fused kernel, more by matmuls."""
     given = Carried.of(node)
+    places = (given.positions, bias_of(op, given))
+    return fused_where(op, given, _is_single, *places)
+
+
+def fused_where(
+    op: Emitter, given: Carried, condition: Callable[[Emitter, Carried], Any],
+    positions: Any, bias: Any,
+) -> tuple[Any, ...]:
+    """The fused kernel in the runs in which `condition` holds, Attention-23 in the others."""
     rotated = 0 if given.cos is None else 2 * given.cos.shape[1]
     if given.head % ALIGNED or rotated % ALIGNED:
         return plain_attention(op, given)
     bias_of(op, given)  # outside of the branches: all layers share it
-    single = op.once("single", lambda home: _is_single(home, given))
+    fused = op.once("fused", lambda home: condition(home, given))
 
     def many(inner: Emitter) -> Sequence[Any]:
         return attention_of_many(inner, given)
 
     def one(inner: Emitter) -> Sequence[Any]:
-        return fused_attention(inner, given)
+        return fused_attention(inner, given, positions, bias)
 
     found: tuple[Any, ...] = op.make(
-        "If", single, outputs=3,
+        "If", fused, outputs=3,
         then_branch=op.branch("one", one), else_branch=op.branch("many", many),
     )
     return found
@@ -114,8 +124,13 @@ def _is_single(op: Emitter, given: Carried) -> Any:
     return op.Equal(sequence, op.int(1))
 
 
-def fused_attention(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
-    """`fptq.cached_attention` as one GroupQueryAttention."""
+def fused_attention(
+    op: Emitter, given: Carried, positions: Any, bias: Any
+) -> tuple[Any, Any, Any]:
+    """`fptq.cached_attention` as one GroupQueryAttention.
+
+    Without positions and bias it counts from the first key, and sees all up to the query.
+    """
     last, length = op.once("lengths", lambda home: _lengths(home, given))
     quantized: dict[str, Any] = {}
     scales: tuple[Any, ...] = ()
@@ -127,7 +142,7 @@ def fused_attention(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
     found: tuple[Any, Any, Any] = op.make(
         "GroupQueryAttention",
         given.q, given.k, given.v, given.past_key, given.past_value, last, length,
-        given.cos, given.sin, given.positions, bias_of(op, given), *scales,
+        given.cos, given.sin, positions, bias, *scales,
         domain=CONTRIB, outputs=3,
         num_heads=given.heads, kv_num_heads=given.kv_heads, scale=given.scale,
         do_rotary=int(given.cos is not None), rotary_interleaved=int(given.interleaved),
@@ -172,7 +187,7 @@ def _normalization(op: Emitter, x: Any, gain: Any, epsilon: float, outputs: int)
 
 
 def _integer_linear(
-    x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, *, forms: qdq.Forms
+    x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int, *, forms: Forms
 ) -> Any:
     """MatMulIntegerToFloat with its bias inside; what has no integer kernel as in `qdq`."""
     quantized = x.producer()
@@ -200,7 +215,7 @@ def _embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
 
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     """The emitters by operator, for torch.onnx.export's custom_translation_table."""
-    forms = qdq.forms_of(program)
+    forms = forms_of(program)
 
     def emit_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:
         return _integer_linear(x, codes, scale, bias, bits, block, forms=forms)
@@ -218,6 +233,7 @@ TARGET = Target(
     translations,
     qdq.EXPANSIONS
     | {"CachedAttention": cached_attention, "RmsNorm": rms_norm, "UnitRms": unit_rms},
+    qdq.TARGET.contract,
     packed_projections=True,
     epsilon_channel=True,
     opset=23,

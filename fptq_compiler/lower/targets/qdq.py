@@ -16,7 +16,6 @@ Mul, because a DequantizeLinear in front of that matmul would stop the fusion.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -25,10 +24,12 @@ from onnxscript import opset21 as op
 
 from fptq_compiler.graph import cache_ops, ops
 from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.contract import broken_promises
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.expand import Expansion
 from fptq_compiler.lower.targets import Target, cache
 from fptq_compiler.lower.targets.carried import Carried, carry_attention, carry_positions
+from fptq_compiler.lower.targets.forms import Forms, forms_of
 from fptq_compiler.lower.targets.pairs import unpack_pairs
 from fptq_compiler.lower.targets.types import FLOAT, INT4, INT8, UINT8
 
@@ -155,26 +156,6 @@ def linear(
     return product if bias is None else op.Add(product, bias)
 
 
-@dataclass(frozen=True)
-class Forms:
-    """Which of the forms above a program takes.
-
-    Attributes:
-        quantized_activations: linear inputs are quantised.
-        integer_linears: they are, and no weight has a scale a block.
-    """
-
-    quantized_activations: bool
-    integer_linears: bool
-
-
-def forms_of(program: Program) -> Forms:
-    """Read the forms off a frozen program."""
-    quantized = any(q.role == "linear input" for q in program.activation_quantizers)
-    blocked = any(q.block for q in program.weight_quantizers)
-    return Forms(quantized, quantized and not blocked)
-
-
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     """The emitters by operator, for torch.onnx.export's custom_translation_table."""
     forms = forms_of(program)
@@ -212,6 +193,6 @@ EXPANSIONS: dict[str, Expansion] = {
     "CachedAttention": _cached_attention, "Positions": _positions,
 }
 TARGET = Target(
-    "qdq", translations, EXPANSIONS,
+    "qdq", translations, EXPANSIONS, broken_promises,
     session_config={"session.qdq_matmulnbits_accuracy_level": "1"}
 )

@@ -15,7 +15,7 @@ VERSION: Final = 1
 INT, FLOAT = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT
 TENSORS: Final = [
     f"tensor({kind})"
-    for kind in ("float", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+    for kind in ("float", "float16", "bfloat16", "bool", "int8", "uint8", "int32", "int64")
 ]
 
 

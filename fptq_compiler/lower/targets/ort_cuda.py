@@ -1,0 +1,170 @@
+"""Target `ort-cuda`: the forms that ONNX Runtime's CUDA provider runs in packed and INT8 kernels.
+
+    linear            with quantised activations the function fptq.QuantizedLinear, MatMulInteger
+                      on INT8; else com.microsoft.MatMulNBits in blocks of 32
+    fake_quantize     INT8 codes; the provider has no UINT8 matmul
+    rms_norm          RMSNormalization-23, statistics in float32
+    attention         Attention-23
+    cached_attention  com.microsoft.GroupQueryAttention wherever nothing is hidden by the
+                      attention mask; else Attention-23 on the decoded cache, for with a
+                      quantised cache the other kernel takes no mask, and no batch of chunks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph.program import Program
+from fptq_compiler.lower.blocks import BLOCK, BLOCKS, pack_blocks, spread_scale
+from fptq_compiler.lower.emitter import Emitter
+from fptq_compiler.lower.targets import Target, ort_cpu, ort_cuda_contract, qdq, signed
+from fptq_compiler.lower.targets.carried import (
+    Carried,
+    carry_attention,
+    carry_linear,
+    carry_plain_attention,
+    carry_positions,
+    carry_rms_norm,
+    carry_sum_of_squares,
+)
+from fptq_compiler.lower.targets.functions import call_quantized_linear, quantized_linear
+from fptq_compiler.lower.targets.sums import sum_of_squares
+from fptq_compiler.lower.targets.types import INT4
+from fptq_compiler.recipe import Recipe
+
+
+FLOAT_BITS = 16
+
+
+def translations(program: Program) -> dict[Any, Callable[..., Any]]:
+    """The emitters by operator, for torch.onnx.export's custom_translation_table."""
+    return {
+        cache_ops.positions: carry_positions,
+        cache_ops.cached_attention: carry_attention,
+        torch.ops.aten.relu.default: qdq.relu,
+        ops.sum_of_squares: carry_sum_of_squares,
+        ops.rms_norm: carry_rms_norm,
+        ops.fake_quantize: signed.fake_quantize,
+        ops.embedding: qdq.embedding,
+        ops.attention: carry_plain_attention,
+        ops.linear: carry_linear,
+    }
+
+
+def linear(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
+    """In integers where the activation is in codes; the bias is added behind the matmul."""
+    x, codes, scale, bias = (*node.inputs, None)[:4]
+    assert x is not None
+    bits, block = (node.attributes[name].as_int() for name in ("bits", "block"))
+    quantized = x.producer()
+    if quantized is not None and quantized.op_type == "DequantizeLinear" and not block:
+        weight = op.Cast(codes, to=INT4) if bits == 4 else codes
+        product = call_quantized_linear(op, quantized, weight, scale)
+    else:
+        product = _weight_only(op, x, codes, scale, bits, block)
+    return (product if bias is None else op.Add(product, bias),)
+
+
+def _weight_only(op: Emitter, x: Any, codes: Any, scale: Any, bits: int, block: int) -> Any:
+    """MatMulNBits without zero-point and bias, either of which keeps it from its fast kernel."""
+    inputs, outputs = codes.shape
+
+    def pack(home: Emitter) -> tuple[Any, Any]:
+        return (
+            home.initializer(f"{codes.name}{BLOCKS}", pack_blocks(codes.const_value.numpy(), bits)),
+            home.initializer(
+                f"{scale.name}{BLOCKS}",
+                spread_scale(scale.const_value.numpy(), inputs, block, BLOCK).T.copy(),
+            ),
+        )
+
+    weight, steps = op.once(("blocks", codes.name), pack)
+    return op.make(
+        "MatMulNBits", x, weight, steps, domain=ort_cpu.CONTRIB,
+        K=inputs, N=outputs, bits=bits, block_size=BLOCK,
+    )
+
+
+def rms_norm(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
+    """RMSNormalization, which has a gain in any case."""
+    x, gain = (*node.inputs, None)[:2]
+    assert x is not None
+    if gain is None:
+        width = x.shape[-1]
+        gain = op.once(("ones", width), partial(_ones, width=width))
+    return (op.RMSNormalization(x, gain, axis=-1, epsilon=node.attributes["epsilon"].value),)
+
+
+def _ones(op: Emitter, width: int) -> Any:
+    return op.Expand(op.float(1.0), op.ints(width))
+
+
+def attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
+    """Attention-23 on (B, H, S, D) and (B, H_kv, T, D)."""
+    attributes = node.attributes
+    return (
+        op.Attention(
+            *node.inputs, is_causal=attributes["causal"].value, scale=attributes["scale"].value
+        ),
+    )
+
+
+def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
+    """The fused kernel, which counts positions and hides the future by itself."""
+    return ort_cpu.fused_where(op, Carried.of(node), _nothing_is_hidden, None, None)
+
+
+def _nothing_is_hidden(op: Emitter, given: Carried) -> Any:
+    """No padding, and one token, or no past, or one sequence."""
+    batch, total = (op.Shape(given.mask, start=n, end=n + 1) for n in (0, 1))
+    sequence = op.Shape(given.positions, start=1, end=2)
+    one = op.ints(1)
+    shape = op.Or(op.Or(op.Equal(sequence, one), op.Equal(sequence, total)), op.Equal(batch, one))
+    least = op.ReduceMin(given.mask, keepdims=0)
+    return op.And(op.Equal(least, op.int(1)), op.Squeeze(shape))
+
+
+def refusal(recipe: Recipe, float_type: str) -> str:
+    """What ONNX Runtime has no kernels for."""
+    bits = recipe.bits
+    in_codes = bits.activations < FLOAT_BITS or (
+        bits.cache < FLOAT_BITS and not recipe.cache.enabled
+    )
+    if float_type == "bfloat16" and in_codes:
+        return (
+            f"bits {bits} in bfloat16: ONNX Runtime has no QuantizeLinear of bfloat16; use "
+            "--dtype float16, or leave the activations in float (--bits 4-16-16)"
+        )
+    return ""
+
+
+EXPANSIONS = qdq.EXPANSIONS | {
+    "Attention": attention,
+    "CachedAttention": cached_attention,
+    "Linear": linear,
+    "RmsNorm": rms_norm,
+    "SumOfSquares": sum_of_squares,
+}
+TARGET = Target(
+    "ort-cuda",
+    translations,
+    EXPANSIONS,
+    ort_cuda_contract.broken_promises,
+    refusal=refusal,
+    functions=(quantized_linear,),
+    float_types=("float16", "bfloat16", "float32"),
+    packed_projections=True,
+    opset=23,
+    providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    session_config={
+        "ep.cuda.fpa_intb_gemm": "1",
+        # It moves a bias into MatMulNBits, which then has no fast kernel.
+        "optimization.disable_specified_optimizers": "MatMulNBitsFusion",
+    },
+)
