@@ -44,7 +44,7 @@ def audit(
             written = "INT4"  # two to a byte
         codes = str(name).removesuffix(BLOCKS)
         if codes != name and codes in wanted:  # packed for MatMulNBits, BLOCK inputs in a row
-            written = f"INT{8 * int(tensor.shape[-1]) // BLOCK}"
+            written = f"INT{8 * tensor.numpy().shape[-1] // BLOCK}"
         kind, requested = wanted.get(codes, (_kind(codes), written))
         if str(name) in float_weights:
             kind, requested = "float weights of matmuls", f"INT{weight_bits}"

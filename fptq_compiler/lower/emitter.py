@@ -71,13 +71,6 @@ class Emitter:
         """A constant list of int64."""
         return self.Constant(value_ints=list(values))
 
-    def float(self, value: float) -> Any:
-        """A constant scalar in the model's float type."""
-        if self.float_type == FLOAT:
-            return self.float32(value)
-        dtype = ir.DataType(self.float_type).numpy()
-        return self.Constant(value=ir.tensor(np.asarray(value, dtype)))
-
     def float32(self, value: float) -> Any:
         """A constant float32 scalar, whatever the model computes in."""
         return self.Constant(value_float=value)
@@ -103,6 +96,13 @@ class Emitter:
     def int(self, value: int) -> Any:
         """A constant int64 scalar."""
         return self.Constant(value_int=value)
+
+    def float(self, value: float) -> Any:
+        """A constant scalar in the model's float type."""
+        if self.float_type == FLOAT:
+            return self.float32(value)
+        dtype = ir.DataType(self.float_type).numpy()
+        return self.Constant(value=ir.tensor(np.asarray(value, dtype)))
 
     def branch(self, name: str, body: Callable[[Emitter], Sequence[ir.Value]]) -> ir.Graph:
         """A subgraph without inputs, for If: it sees the values around it."""

@@ -5,15 +5,18 @@ until it meets a value of the new type: such sums, and the factors made of them,
 of float16. And what a sine or cosine is taken of stays: an angle of 1,000 would be off by a half.
 What the carried operators keep in float32 inside stands in their expansions, and the scales of a
 cache stay for them.
+
+Logits in float16 are left to the reader, who can turn them; in bfloat16 they are cast to float32,
+for NumPy has no bfloat16.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from fptq_compiler.errors import LoweringError
 
@@ -21,6 +24,10 @@ FLOAT = ir.DataType.FLOAT
 SUM = "SumOfSquares"
 CACHED, SCALES = "CachedAttention", 9  # the operator, and which of its inputs are scales
 WAVES = ("Sin", "Cos")
+LARGEST = {
+    ir.DataType.FLOAT16: torch.finfo(torch.float16).max,
+    ir.DataType.BFLOAT16: torch.finfo(torch.bfloat16).max,
+}
 
 
 def convert(model: ir.Model, to: ir.DataType) -> None:
@@ -47,6 +54,18 @@ def convert(model: ir.Model, to: ir.DataType) -> None:
             _narrow_behind(graph, node.outputs[0], wide, to)
         else:
             _retype_node(node, to)
+    if to == ir.DataType.BFLOAT16:
+        _widen_output(graph, 0)
+
+
+def _widen_output(graph: ir.Graph, index: int) -> None:
+    value = graph.outputs[index]
+    cast = ir.node("Cast", [value], {"to": FLOAT.value})
+    (wide,) = cast.outputs
+    wide.name, value.name = value.name, f"{value.name}_narrow"
+    wide.shape, wide.type = value.shape, ir.TensorType(FLOAT)
+    graph.append(cast)
+    graph.outputs[index] = wide
 
 
 def _wide_nodes(graph: ir.Graph) -> set[ir.Node]:
@@ -61,17 +80,20 @@ def _wide_nodes(graph: ir.Graph) -> set[ir.Node]:
         node = angles.pop()
         if node not in found:
             found.add(node)
-            angles += _float_sources(node)
+            angles += [source for source in _float_sources(node) if source is not None]
     return found
 
 
-def _float_sources(node: ir.Node) -> list[ir.Node]:
-    """The nodes that compute its float inputs."""
-    return [
-        producer for value in node.inputs
-        if value is not None and _is_float(value)
-        and (producer := value.producer()) is not None and producer.op_type != "Constant"
-    ]
+def _float_sources(node: ir.Node) -> list[ir.Node | None]:
+    """What computes the float inputs, None for an input of the graph; not the constants."""
+    found: list[ir.Node | None] = []
+    for value in node.inputs:
+        if value is None or not _is_float(value) or value.is_initializer():
+            continue
+        producer = value.producer()
+        if producer is None or producer.op_type != "Constant":
+            found.append(producer)
+    return found
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -121,7 +143,7 @@ def _retype_constant(node: ir.Node, to: ir.DataType) -> None:
     values = _float_values(attribute)
     if values is None:
         return
-    limit = float(ml_dtypes.finfo(to.numpy()).max)
+    limit = LARGEST[to]
     kept = np.clip(values, -limit, limit).astype(to.numpy())
     node.attributes.clear()
     node.attributes["value"] = ir.AttrTensor("value", ir.tensor(kept))
@@ -141,7 +163,7 @@ def _retype_initializer(value: ir.Value, to: ir.DataType) -> None:
     assert value.const_value is not None
     values = value.const_value.numpy()
     largest = float(np.abs(values).max(initial=0.0))
-    limit = float(ml_dtypes.finfo(to.numpy()).max)
+    limit = LARGEST[to]
     if not largest <= limit:
         message = (
             f"{value.name} holds {largest:.3g}, expected at most {limit:.3g}, the largest "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from fptq_compiler.errors import RuntimeInputError, UnsupportedModelError
 from fptq_compiler.graph import cache_ops, evaluate, ops
 from fptq_compiler.lower.parity import check_parity
 from fptq_compiler.recipe import CacheRecipe, Recipe
-from fptq_compiler.runtime.model import Cache, Model
+from fptq_compiler.runtime.model import Cache
 from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import FULL_PRECISION, SessionFile, session_path
 from tests.compiling import Compiled, compile_toy, quick
+from tests.decoding import decode, error, random_ids
 from tests.toys import ToyConfig, make_toy, name_spelling
 
 LENGTH = 48
@@ -40,8 +40,6 @@ CLOSE = 1e-4
 or turned wrongly shows 1e-2, a code that flips at a tie 1e-3 (none does on these tokens)."""
 VISIBLE = 1e-3
 
-Ids = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
 Compile = Callable[..., Compiled]
 
 
@@ -69,23 +67,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         return done[key]
 
     return compile_at
-
-
-def random_ids(*shape: int, seed: int = 3) -> Ids:
-    return np.random.default_rng(seed).integers(ToyConfig.vocabulary, size=shape)
-
-
-def decode(model: Model, ids: Ids, bounds: list[int]) -> tuple[Logits, Cache]:
-    """Logits of all tokens and the last cache, from chunks between the bounds."""
-    cache, found = model.start(ids.shape[0]), []
-    for start, stop in pairwise(bounds):
-        logits, cache = model.step(ids[:, start:stop], cache)
-        found.append(logits)
-    return np.concatenate(found, 1), cache
-
-
-def error(found: Logits, expected: Logits) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def stored(cache: Cache) -> list[npt.NDArray[Any]]:

@@ -1,13 +1,13 @@
 """Target `ort-cuda`: the forms that ONNX Runtime's CUDA provider runs in packed and INT8 kernels.
 
-    linear            with quantised activations the function fptq.QuantizedLinear, MatMulInteger
-                      on INT8; else com.microsoft.MatMulNBits in blocks of 32
-    fake_quantize     INT8 codes; the provider has no UINT8 matmul
-    rms_norm          RMSNormalization-23, statistics in float32
-    attention         Attention-23
-    cached_attention  com.microsoft.GroupQueryAttention wherever nothing is hidden by the
-                      attention mask; else Attention-23 on the decoded cache, for with a
-                      quantised cache the other kernel takes no mask, and no batch of chunks
+linear            with quantised activations the function fptq.QuantizedLinear, MatMulInteger
+on INT8; else com.microsoft.MatMulNBits in blocks of 32
+fake_quantize     INT8 codes; the provider has no UINT8 matmul
+rms_norm          RMSNormalization-23, statistics in float32
+attention         Attention-23
+cached_attention  com.microsoft.GroupQueryAttention wherever nothing is hidden by the
+attention mask; else Attention-23 on the decoded cache, for with a
+quantised cache the other kernel takes no mask, and no batch of chunks
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from fptq_compiler.lower.targets.functions import call_quantized_linear, quantiz
 from fptq_compiler.lower.targets.sums import sum_of_squares
 from fptq_compiler.lower.targets.types import INT4
 from fptq_compiler.recipe import Recipe
-
 
 FLOAT_BITS = 16
 
@@ -76,12 +75,11 @@ def _weight_only(op: Emitter, x: Any, codes: Any, scale: Any, bits: int, block: 
     inputs, outputs = codes.shape
 
     def pack(home: Emitter) -> tuple[Any, Any]:
+        packed = pack_blocks(codes.const_value.numpy(), bits)
+        steps = spread_scale(scale.const_value.numpy(), inputs, block, BLOCK).T.copy()
         return (
-            home.initializer(f"{codes.name}{BLOCKS}", pack_blocks(codes.const_value.numpy(), bits)),
-            home.initializer(
-                f"{scale.name}{BLOCKS}",
-                spread_scale(scale.const_value.numpy(), inputs, block, BLOCK).T.copy(),
-            ),
+            home.initializer(f"{codes.name}{BLOCKS}", packed),
+            home.initializer(f"{scale.name}{BLOCKS}", steps),
         )
 
     weight, steps = op.once(("blocks", codes.name), pack)
@@ -94,9 +92,8 @@ def _weight_only(op: Emitter, x: Any, codes: Any, scale: Any, bits: int, block: 
 def rms_norm(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
     """RMSNormalization, which has a gain in any case."""
     x, gain = (*node.inputs, None)[:2]
-    assert x is not None
     if gain is None:
-        width = x.shape[-1]
+        width = qdq.size(x, -1)
         gain = op.once(("ones", width), partial(_ones, width=width))
     return (op.RMSNormalization(x, gain, axis=-1, epsilon=node.attributes["epsilon"].value),)
 
@@ -141,6 +138,11 @@ def refusal(recipe: Recipe, float_type: str) -> str:
             f"bits {bits} in bfloat16: ONNX Runtime has no QuantizeLinear of bfloat16; use "
             "--dtype float16, or leave the activations in float (--bits 4-16-16)"
         )
+    if float_type == "bfloat16" and recipe.cache.enabled and bits.cache == FLOAT_BITS:
+        return (
+            f"bits {bits} in bfloat16: the cache would be bfloat16, which NumPy cannot hold; use "
+            "--dtype float16, or a cache of 8 bits (--bits 4-16-8)"
+        )
     return ""
 
 
@@ -164,7 +166,8 @@ TARGET = Target(
     providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
     session_config={
         "ep.cuda.fpa_intb_gemm": "1",
-        # It moves a bias into MatMulNBits, which then has no fast kernel.
-        "optimization.disable_specified_optimizers": "MatMulNBitsFusion",
+        # The one moves a bias into MatMulNBits, which then has no fast kernel; the other quantises
+        # twice where a Reshape stands in front of a QuantizeLinear.
+        "optimization.disable_specified_optimizers": "MatMulNBitsFusion;QDQPropagationTransformer",
     },
 )

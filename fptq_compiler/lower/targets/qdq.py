@@ -84,8 +84,8 @@ def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
 
 def attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
     """Grouped queries (B, H_kv, G·S, D) against keys (B, H_kv, T, D), without repeating keys."""
-    heads, width = _size(q, 1), _size(q, 3)
-    kv_heads = _size(k, 1)
+    heads, width = size(q, 1), size(q, 3)
+    kv_heads = size(k, 1)
     sequence = op.Shape(q, start=2, end=3)
     group = op.Constant(value_ints=[heads // kv_heads])
     # (B, H, S, D) -> (B, H_kv, G·S, D)
@@ -111,7 +111,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> 
     )
     mixed = op.MatMul(op.Reshape(weights, grouped), v)
     last = op.Concat(
-        op.Constant(value_ints=[0, heads]), sequence, op.Constant(value_ints=[_size(v, 3)]), axis=0
+        op.Constant(value_ints=[0, heads]), sequence, op.Constant(value_ints=[size(v, 3)]), axis=0
     )
     return op.Reshape(mixed, last)
 
@@ -131,10 +131,11 @@ def _causal(queries: Any, keys: Any) -> Any:
     return op.Trilu(hidden, diagonal, upper=1)
 
 
-def _size(value: Any, axis: int) -> int:
-    size = value.shape[axis]
-    assert isinstance(size, int), value
-    return size
+def size(value: Any, axis: int) -> int:
+    """A dimension that is a number, not a symbol."""
+    found = value.shape[axis]
+    assert isinstance(found, int), value
+    return found
 
 
 def linear(

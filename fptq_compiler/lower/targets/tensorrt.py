@@ -1,11 +1,11 @@
 """Target `tensorrt`: standard ONNX, opset 21, in the forms that TensorRT has kernels for.
 
-    linear            DequantizeLinear of INT4 in blocks of 128 or 64 input channels, or of INT8
-                      per output channel, into MatMul
-    fake_quantize     QuantizeLinear and DequantizeLinear on INT8, symmetric
-    rms_norm          in standard operators, statistics in float32
-    attention         MatMul, Softmax in float32, MatMul
-    cached_attention  in standard operators
+linear            DequantizeLinear of INT4 in blocks of 128 or 64 input channels, or of INT8
+per output channel, into MatMul
+fake_quantize     QuantizeLinear and DequantizeLinear on INT8, symmetric
+rms_norm          in standard operators, statistics in float32
+attention         MatMul, Softmax in float32, MatMul
+cached_attention  in standard operators
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
 def linear(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
     """MatMul on a weight that is dequantised in front of it."""
     x, codes, scale, bias = (*node.inputs, None)[:4]
-    assert codes is not None
-    assert scale is not None
     bits, block = (node.attributes[name].as_int() for name in ("bits", "block"))
     if bits == 4:
         block, steps = _blocks(op, codes, scale, block)
@@ -66,13 +64,13 @@ def linear(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
     return (product if bias is None else op.Add(product, bias),)
 
 
-def _blocks(op: Emitter, codes: ir.Value, scale: ir.Value, given: int) -> tuple[int, Any]:
+def _blocks(op: Emitter, codes: Any, scale: Any, given: int) -> tuple[int, Any]:
     """The size of a block, and the scale of each: one scale, repeated, is the same weight.
 
     Raises:
         LoweringError: the input channels cannot be cut into such blocks.
     """
-    inputs = int(codes.shape[0])
+    inputs = codes.shape[0]
     sizes = (given,) if given else SIZES
     block = next((size for size in sizes if inputs % size == 0), 0)
     if not block:
@@ -90,7 +88,7 @@ def _blocks(op: Emitter, codes: ir.Value, scale: ir.Value, given: int) -> tuple[
 
 
 def rms_norm(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
-    """x / sqrt(mean(x^2) + epsilon) in float32, times the gain where there is one."""
+    """X / sqrt(mean(x^2) + epsilon) in float32, times the gain where there is one."""
     x, gain = (*node.inputs, None)[:2]
     wide = op.wide(x)
     mean = op.ReduceMean(op.Mul(wide, wide), op.ints(-1), keepdims=1)
@@ -130,5 +128,10 @@ TARGET = Target(
     refusal=refusal,
     float_types=("float16", "float32"),
     symmetric_activations=True,
+    # Where the CPU provider runs the file: it would make UINT8 of one side of INT8 keys.
+    session_config={
+        "optimization.disable_specified_optimizers":
+        "QDQPropagationTransformer;QDQS8ToU8Transformer",
+    },
     providers=("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 )

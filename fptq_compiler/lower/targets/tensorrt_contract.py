@@ -28,8 +28,8 @@ def broken_promises(program: Program, written: ir.Model, optimized: ir.Model) ->
     """
     linears = program.call_nodes(ops.linear)
     in_codes = sum(getattr(n.args[0], "target", None) is ops.fake_quantize for n in linears)
-    found = [n for n in written.graph if n.op_type == "MatMul" and _reads_codes(n, 1)]
-    behind = [n for n in found if _reads_codes(n, 0)]
+    found = [n for n in written.graph if n.op_type == "MatMul" and _is_weight(_codes(n, 1))]
+    behind = [n for n in found if _codes(n, 0) is not None]
     broken = [
         f"{have} {what}, expected {want}, one for each such linear"
         for have, want, what in (
@@ -46,10 +46,16 @@ def broken_promises(program: Program, written: ir.Model, optimized: ir.Model) ->
     return broken
 
 
-def _reads_codes(matmul: ir.Node, index: int) -> bool:
+def _codes(matmul: ir.Node, index: int) -> ir.Value | None:
+    """The codes behind an input that is dequantised."""
     value = matmul.inputs[index]
     producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear"
+    dequantized = producer is not None and producer.op_type == "DequantizeLinear"
+    return producer.inputs[0] if producer is not None and dequantized else None
+
+
+def _is_weight(codes: ir.Value | None) -> bool:
+    return codes is not None and codes.is_initializer()
 
 
 def _wrong_zero_point(quantize: ir.Node) -> Iterator[str]:
