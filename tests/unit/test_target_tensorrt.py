@@ -31,7 +31,7 @@ from tests.toys import ToyConfig
 
 TOY = ToyConfig(layers=1, hidden=64, mlp=128, head_dim=16)
 LINEARS = 8  # q k v o, gate up down, and the head
-LENGTH = 24
+LENGTH = 40
 CLOSE = 1e-4  # of the largest logit, as in lower.parity
 Compile = Callable[..., Compiled]
 TYPES = onnx.TensorProto

@@ -76,7 +76,7 @@ def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
     """Rows of codes and of scales, gathered; multiplied in float."""
     rows = op.Gather(codes, ids)
     if bits == 4:
-        rows = unpack_pairs(op, rows, [*[0] * len(ids.shape), 2 * _size(codes, 1)])
+        rows = unpack_pairs(op, rows, [*[0] * len(ids.shape), 2 * size(codes, 1)])
     else:
         rows = op.Cast(rows, to=FLOAT)
     return op.Mul(rows, op.Unsqueeze(op.Gather(scale, ids), op.Constant(value_ints=[-1])))
