@@ -137,8 +137,12 @@ def _static(buffer: Node, value: object) -> Slot:
                 refuse(joined, "writes by more than the token's position")
         case _:
             refuse(joined, f"is {joined.target}, expected index_copy or index_put at positions")
-    length = int(buffer.meta["val"].shape[axis])
-    return Slot(buffer, joined, new, axis % buffer.meta["val"].dim(), length)
+    rank = buffer.meta["val"].dim()
+    if new.target is aten.view.default and new.meta["val"].dim() < rank:
+        new = new.all_input_nodes[0]  # assigned to `cache[:, :, positions]`, without the batch
+    if new.meta["val"].dim() != rank:
+        refuse(joined, f"writes {list(new.meta['val'].shape)}, expected {rank} axes")
+    return Slot(buffer, joined, new, axis % rank, int(buffer.meta["val"].shape[axis]))
 
 
 def behind_pass(node: Node) -> Node:

@@ -98,7 +98,7 @@ class WholeProof:
         ids = torch.randint(vocabulary, (self.rows, most), generator=generator)
         for length in sorted({min(x, most) for x in LENGTHS}):
             part = ids[:, :length]
-            found = evaluate.logits(program.module, [part], torch.float64)
+            found = _logits(program, part)
             expected, _ = self._step(part, 0, [s.first for s in self.states])
             _compare(f"{length} tokens at once", found, expected)
         if self.states:
@@ -137,6 +137,18 @@ class WholeProof:
             )
             raise UnsupportedModelError(message) from error
         return logits, states
+
+
+def _logits(program: Program, ids: Tensor) -> Tensor:
+    try:
+        return evaluate.logits(program.module, [ids], torch.float64)
+    except (RuntimeError, IndexError) as error:
+        message = (
+            "the model does not run any more without the inputs and the cache that it was "
+            f"captured with ({str(error).strip()[:300]}); export it with token ids alone and "
+            "without a cache (use_cache=False)"
+        )
+        raise UnsupportedModelError(message) from error
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

@@ -180,9 +180,10 @@ class _Resizing:
         keys = self._change(node.args[1])
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         shown = self._change(mask)
-        if keys is None or shown is None or not keys.freed(-2):
+        if keys is None or shown is None or not isinstance(mask, Node):
             return
-        if shown.now[-1] == keys.before[-2] and isinstance(mask, Node):
+        wider = isinstance(shown.now[-1], int) and shown.now[-1] != 1
+        if wider and isinstance(keys.now[-2], torch.SymInt):
             node.replace_input_with(mask, self._cut(node, mask, keys.now[-2]))
 
     def _cut_operands(self, node: Node) -> None:

@@ -3,12 +3,14 @@
 import io
 import json
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree
 
 from fptq_compiler.capture import capture
 from fptq_compiler.capture.archive import load_archive
@@ -90,16 +92,6 @@ def edit(parts: Parts, name: str, change: Callable[[dict], None]) -> None:
 def first_node(document: dict, prefix: str = "") -> dict:
     nodes = document["graph_module"]["graph"]["nodes"]
     return next(node for node in nodes if node["target"].startswith(prefix))
-
-
-def plant_sample(parts: Parts, marker: Path) -> str:
-    parts[SAMPLE] = pickled(Planted(marker))
-    return SAMPLE
-
-
-def plant_bare_pickle(parts: Parts, marker: Path) -> str:
-    parts[SAMPLE] = pickle.dumps(Planted(marker))
-    return SAMPLE
 
 
 def plant_weight(parts: Parts, marker: Path) -> str:
@@ -192,8 +184,6 @@ def plant_native_code(parts: Parts, marker: Path) -> str:
 
 
 PLANTS = [
-    plant_sample,
-    plant_bare_pickle,
     plant_weight,
     plant_old_weights,
     plant_constant,
@@ -228,11 +218,48 @@ def test_the_plant_would_run_where_the_author_is_trusted(archive: Path, tmp_path
     """The marker is a real side effect: otherwise the tests above would show nothing."""
     marker = tmp_path / "ran"
     parts = read_parts(archive)
-    plant_sample(parts, marker)
+    plant_weight(parts, marker)
     path = write_parts(tmp_path / "planted.pt2", parts)
     with pytest.raises(CaptureError, match="cannot read this archive"):
         capture(path, trust_pickle=True)
     assert marker.exists()
+
+
+@pytest.mark.parametrize("trust_pickle", [False, True])
+@pytest.mark.parametrize("write", [pickled, pickle.dumps])
+def test_example_inputs_are_never_unpickled(
+    write: Callable[[object], bytes], trust_pickle: bool, archive: Path, tmp_path: Path
+) -> None:
+    """They may hold a cache of transformers, and nobody needs them."""
+    marker = tmp_path / "ran"
+    parts = read_parts(archive)
+    parts[SAMPLE] = write(Planted(marker))
+    path = write_parts(tmp_path / "planted.pt2", parts)
+    assert capture(path, trust_pickle=trust_pickle).program.example_inputs is None
+    assert not marker.exists()
+
+
+def test_a_cache_in_the_tree_is_never_looked_up(archive: Path, tmp_path: Path) -> None:
+    """Its context, which torch would search for types to import, is not even parsed."""
+    parts = read_parts(archive)
+    leaf = {"type": None, "context": None, "children_spec": []}
+    context = json.dumps({"__enum__": True, "fqn": "antigravity:x", "name": "y"})
+    kind = "transformers.cache_utils.DynamicCache"
+    cache = {"type": kind, "context": context, "children_spec": [leaf]}
+
+    def change(document: dict) -> None:
+        call = document["graph_module"]["module_call_graph"][0]["signature"]
+        call["out_spec"] = json.dumps([1, cache])
+
+    edit(parts, MODEL, change)
+    path = write_parts(tmp_path / "cache.pt2", parts)
+    before = dict(_pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE)
+    captured = capture(path)
+    assert before == _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    assert "antigravity" not in sys.modules
+    ids = torch.arange(6).reshape(2, 3)
+    (found,) = captured.program.module(check_guards=False)(ids)
+    assert found.shape == (2, 3, 5)
 
 
 def test_round_trip_keeps_names_and_numbers(archive: Path, toy: Toy) -> None:
