@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch.fx import Node
 
@@ -80,6 +82,7 @@ def make_plain(program: Program, ids: Node, longest: int | None) -> None:
         if node.op == "placeholder" and node is not ids:
             program.graph.erase_node(node)
     free_sizes(program.module, ids, longest)
+    program.module.graph = copy.deepcopy(program.graph)  # the names of what is gone are free again
     dtype = ids.meta["val"].dtype
     program.inputs = (InputSpec(ids.name, dtype, ("batch", "sequence")),)
     program.outputs = ("logits",)

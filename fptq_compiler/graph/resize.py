@@ -19,10 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
-    StrictMinMaxConstraint,
 )
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import Environment, attribute, run_node
@@ -210,14 +207,16 @@ def _dims(value: Tensor) -> tuple[int | str, ...]:
 def _symbolic(mode: FakeTensorMode, dtype: torch.dtype, longest: int | None) -> Tensor:
     """Fake token ids (B, S)."""
     rows, columns = HINTS
-    upper = int_oo if longest is None else longest
-    bound = StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(2, upper))
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
-        dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC],
-        constraint_sizes=[None, bound],
+        dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC]
     )
     example = torch.zeros((rows, min(columns, longest or columns)), dtype=dtype)
-    return mode.from_tensor(example, symbolic_context=context)
+    found = mode.from_tensor(example, symbolic_context=context)
+    tokens = found.shape[1]
+    if longest is not None and isinstance(tokens, torch.SymInt):
+        size = tokens.node
+        size.shape_env.constrain_symbol_range(size.expr, compiler_min=2, compiler_max=longest)
+    return found
 
 
 def _put_literal(node: Node, value: int) -> None:

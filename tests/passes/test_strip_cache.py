@@ -42,7 +42,8 @@ class Decoder(nn.Module):
 
     def split(self, x: Tensor) -> list[Tensor]:
         rows, tokens, _ = x.shape
-        return [f(x).view(rows, tokens, HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        heads = [f(x).view(rows, tokens, HEADS, -1) for f in (self.q, self.k, self.v)]
+        return [x.transpose(1, 2) for x in heads]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids) + self.places(positions)
@@ -310,7 +311,7 @@ def fixed_past() -> Program:
         (lambda: growing(NewFirst()), UnsupportedModelError, "expected the past and then the new"),
         (lambda: growing(Codes(), torch.int8), UnsupportedModelError, "a quantised cache"),
         (lambda: static(Adding()), UnsupportedModelError, "expected index_copy or index_put"),
-        (fixed_past, UnsupportedModelError, "holds exactly 5 tokens, expected dimension 2 dynamic"),
+        (fixed_past, UnsupportedModelError, "exactly 5 tokens, expected dimension 2 dynamic"),
         (one_token, UnsupportedModelError, r"exactly 1 token\(s\) a run.*dynamic_shapes="),
         (lambda: growing(Restarting()), VerificationError, "tokens 4 to 4 through the captured"),
     ],

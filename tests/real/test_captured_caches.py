@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,7 +13,6 @@ from torch.export import Dim, ExportedProgram
 from transformers.integrations import executorch
 
 from fptq_compiler import driver
-from fptq_compiler.capture.archive import load_archive
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.program import Program
@@ -93,8 +91,15 @@ def whole(model: Any, program: Program, rows: int, tokens: int) -> float:
     return relative_error(found, model.double()(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("capture", [growing, static])
+@pytest.mark.parametrize(
+    ("capture", "name"),
+    [(growing, "llama"), (static, "llama-eager")]
+    + [
+        pytest.param(capture, name, marks=pytest.mark.slow)
+        for capture in (growing, static) for name in FAMILIES
+        if (capture, name) not in ((growing, "llama"), (static, "llama-eager"))
+    ],
+)
 def test_what_is_left_computes_whole_sequences(
     capture: Callable[[Any], ExportedProgram], name: str
 ) -> None:
@@ -104,3 +109,67 @@ def test_what_is_left_computes_whole_sequences(
     assert [(s.name, s.dims) for s in program.inputs] == [("input_ids", ("batch", "sequence"))]
     for rows, tokens in [(1, 1), (2, 9), (3, 30)]:
         assert whole(model, program, rows, tokens) <= ANGLES
+
+
+def check_generation(path: Path, model: Any) -> None:
+    """Greedy tokens of the file are those of transformers."""
+    compiled = load(path, threads=1)
+    ids = torch.tensor([[1, 7, 30, 12]])
+    expected = model.generate(
+        ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    cache, tokens, found = compiled.start(1), ids.numpy(), []
+    for _ in range(12):
+        logits, cache = compiled.step(tokens, cache)
+        tokens = logits[:, -1:].argmax(-1)
+        found.append(int(tokens[0, 0]))
+    assert found == expected[0, ids.shape[1]:].tolist()
+
+
+def test_an_archive_with_a_growing_cache_generates(tmp_path: Path) -> None:
+    """Saved, read as a file that nobody vouches for, and given a cache of ours."""
+    model = make_model(FAMILIES["llama"])
+    archive, path = tmp_path / "model.pt2", tmp_path / "model.onnx"
+    torch.export.save(growing(model), archive)
+    recipe = quick("16-16-16", target="ort-cpu", cache=CacheRecipe(enabled=True, max_length=40))
+    report = driver.compile_file(archive, path, driver.Options(recipe=recipe), SilentProgress())
+    assert any(d.startswith("captured with a growing KV cache of 4") for d in report.decisions)
+    check_decoding(path, lambda ids: model(ids).logits.numpy(), VOCABULARY)
+    check_generation(path, model)
+
+
+def test_a_static_cache_generates(tmp_path: Path) -> None:
+    """Its length bounds the new cache's."""
+    model = make_model(FAMILIES["qwen2"])
+    exported = static(model)
+    model.generation_config = transformers.GenerationConfig()
+    path = tmp_path / "model.onnx"
+    compile_cached(exported, path, "qdq")
+    check_decoding(path, lambda ids: model(ids).logits.numpy(), VOCABULARY)
+    check_generation(path, model)
+
+
+@pytest.mark.slow
+def test_without_a_cache_asked_for_the_file_reads_whole_sequences(tmp_path: Path) -> None:
+    model = make_model(FAMILIES["llama"])
+    path = tmp_path / "model.onnx"
+    options = driver.Options(recipe=quick("16-16-16"))
+    driver.compile_model(growing(model), path, options=options)
+    ids = torch.arange(22).reshape(2, 11)
+    expected = model(ids).logits
+    assert relative_error(run_onnx(path, ids), expected) <= CLOSE
+
+
+def test_one_token_a_run_is_refused() -> None:
+    model = make_model(FAMILIES["llama"])
+    model.generation_config = transformers.GenerationConfig(
+        use_cache=True,
+        cache_implementation="static",
+        cache_config={"batch_size": 1, "max_cache_len": POSITIONS},
+    )
+    module = executorch.TorchExportableModuleForDecoderOnlyLM(model)
+    exported = module.export(
+        input_ids=torch.tensor([[1]]), cache_position=torch.tensor([0]), strict=False
+    )
+    with pytest.raises(UnsupportedModelError, match=r"exactly 1 token\(s\) a run: .*input_ids"):
+        take_in(exported)
