@@ -1,13 +1,15 @@
 """Target `ort-cuda`: the forms that ONNX Runtime's CUDA provider runs in packed and INT8 kernels.
 
-linear            with quantised activations the function fptq.QuantizedLinear, MatMulInteger
-on INT8; else com.microsoft.MatMulNBits in blocks of 32
-fake_quantize     INT8 codes; the provider has no UINT8 matmul
-rms_norm          RMSNormalization-23, statistics in float32
-attention         Attention-23
-cached_attention  com.microsoft.GroupQueryAttention wherever nothing is hidden by the
-attention mask; else Attention-23 on the decoded cache, for with a
-quantised cache the other kernel takes no mask, and no batch of chunks
+    linear            with quantised activations the function fptq.QuantizedLinear, MatMulInteger
+                      on INT8; else com.microsoft.MatMulNBits in blocks of 32
+    fake_quantize     INT8 codes; the provider has no UINT8 matmul
+    rms_norm          RMSNormalization-23, statistics in float32
+    attention         Attention-23
+    cached_attention  com.microsoft.GroupQueryAttention where nothing is padding, and no batch
+                      comes in chunks; else Attention-23 on the decoded cache, for with a
+                      quantised cache the other kernel takes no mask
+
+Scales stand in the float type of the file, which holds them exactly (passes.round_scales).
 """
 
 from __future__ import annotations

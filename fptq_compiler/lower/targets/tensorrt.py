@@ -1,11 +1,13 @@
 """Target `tensorrt`: standard ONNX, opset 21, in the forms that TensorRT has kernels for.
 
-linear            DequantizeLinear of INT4 in blocks of 128 or 64 input channels, or of INT8
-per output channel, into MatMul
-fake_quantize     QuantizeLinear and DequantizeLinear on INT8, symmetric
-rms_norm          in standard operators, statistics in float32
-attention         MatMul, Softmax in float32, MatMul
-cached_attention  in standard operators
+    linear            DequantizeLinear of INT4 in blocks of 128 or 64 input channels, or of INT8
+                      per output channel, into MatMul
+    fake_quantize     QuantizeLinear and DequantizeLinear on INT8, symmetric
+    rms_norm          in standard operators, statistics in float32
+    attention         MatMul, Softmax, MatMul
+    cached_attention  in standard operators, softmax in float32
+
+TensorRT fuses quantised pairs into its kernels by itself.
 """
 
 from __future__ import annotations
