@@ -26,15 +26,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compile_toy(SMALL, quick("4-8-8"), path)
 
 
-def compare(values: list[float], theirs: list[int]) -> tuple[Tensor, Parity]:
+def compare(
+    values: list[float], theirs: list[int], dtype: torch.dtype = torch.uint8, slack: float = 0.0
+) -> tuple[Tensor, Parity]:
     """One quantiser of 8 bits over `values`, in steps from 0, against the runtime's codes."""
     graph = fx.Graph()
     source = graph.placeholder("x")
     arguments = (source, SCALE, ZERO, 8, "linear input")
     node = graph.call_function(ops.fake_quantize, arguments)
-    parity = Parity()
+    parity = Parity(slack=slack)
     x = torch.tensor(values) * SCALE
-    found = _compare(node, {source: x}, torch.tensor(theirs, dtype=torch.uint8), parity)
+    found = _compare(node, {source: x}, torch.tensor(theirs, dtype=dtype), parity)
     return found, parity
 
 
@@ -43,6 +45,28 @@ def test_equal_codes() -> None:
     assert (parity.codes, parity.ties, parity.wrong) == (6, 0, 0)
     expected = torch.tensor([0.0, 1.0, 2.0, 2.0, -3.0, 252.0]) * SCALE
     assert torch.equal(found, expected)
+
+
+def test_codes_in_int8_are_lower_by_half_of_the_range() -> None:
+    found, parity = compare([0.0, 1.2, -9.0, 400.0], [-125, -124, -128, 127], torch.int8)
+    assert (parity.codes, parity.ties, parity.wrong) == (4, 0, 0)
+    assert torch.equal(found, torch.tensor([0.0, 1.0, -3.0, 252.0]) * SCALE)
+    _, parity = compare([0.0], [-124], torch.int8)
+    assert parity.wrong == 1
+
+
+@pytest.mark.parametrize(("slack", "wrong"), [(0.0, 1), (0.001, 0), (0.0005, 1)])
+def test_slack_is_a_share_of_the_largest_value(slack: float, wrong: int) -> None:
+    """A value of 200 steps and a thousandth of it: 0.2 of a code around each tie."""
+    _, parity = compare([200.0, 1.3], [203, 5], slack=slack)
+    assert (parity.ties, parity.wrong) == (1 - wrong, wrong)
+    assert parity.failures() == [] or wrong
+
+
+def test_slack_is_added_to_what_logits_may_differ_by() -> None:
+    assert Parity(logits=2e-3).failures()
+    assert Parity(logits=2e-3, slack=2e-3).failures() == []
+    assert Parity(logits=2.2e-3, slack=2e-3).failures()
 
 
 @pytest.mark.parametrize(("value", "theirs"), [(1.5, 4), (2.499, 6), (-0.51, 3), (1.519, 4)])

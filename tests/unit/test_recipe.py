@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from fptq_compiler.errors import RecipeError
 from fptq_compiler.recipe import (
     BUILT_IN,
+    DTYPES,
+    TARGETS,
     TRANSFORMS,
     ActivationsRecipe,
     Bits,
@@ -41,6 +43,8 @@ RECIPES = st.builds(
     activations=st.builds(ActivationsRecipe, POWERS, st.sampled_from(["first-position", "none"])),
     local=st.builds(LocalRecipe, st.integers(0, 500), st.floats(1e-6, 1.0), POWERS),
     calibration=st.builds(CalibrationRecipe, st.integers(1, 64), st.integers(2, 4096)),
+    target=st.sampled_from(TARGETS),
+    dtype=st.sampled_from(DTYPES),
     verify=st.sampled_from(["off", "probe", "full"]),
     seed=st.integers(0, 2**31),
 )
@@ -74,6 +78,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         'name = "fptquant-local"\n'
         'bits = "4-8-8"\n'
         'target = "qdq"\n'
+        'dtype = "auto"\n'
         'verify = "probe"\n'
         "seed = 0\n"
         "\n[transforms]\n"
@@ -156,6 +161,7 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[cache]\nscales = 'per-channel'", r"no cache to have them; ask for one with --kv-cache"),
         ("[cache]\nscales = 'per-chanel'", "did you mean 'per-channel'?"),
         ("target = 'qd'", "did you mean 'qdq'?"),
+        ("dtype = 'float61'", "did you mean 'float16'?"),
         ("verify = 'fill'", "did you mean 'full'?"),
         ("name = ", "not valid TOML"),
     ],
@@ -188,13 +194,15 @@ def test_flags_override_only_what_they_name() -> None:
     recipe = load_recipe("rtn")
     assert recipe.override() == recipe
     changed = recipe.override(
-        bits="16-16-16", transforms="value, residual", samples=2, seed=7, verify="full"
+        bits="16-16-16", transforms="value, residual", samples=2, seed=7, verify="full",
+        target="ort-cuda", dtype="float32",
     )
     assert changed.bits == Bits(16, 16, 16)
     assert changed.transforms.names == ("residual", "value")
     assert not changed.transforms.where_possible
     assert changed.calibration == CalibrationRecipe(samples=2)
     assert (changed.seed, changed.verify, changed.local) == (7, "full", recipe.local)
+    assert (changed.target, changed.dtype) == ("ort-cuda", "float32")
 
 
 def test_the_cache_and_its_length_are_asked_for_together() -> None:

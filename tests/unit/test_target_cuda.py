@@ -19,6 +19,7 @@ from fptq_compiler.errors import RecipeError
 from fptq_compiler.graph import ops
 from fptq_compiler.lower.blocks import unpack_blocks
 from fptq_compiler.lower.contract import optimized_graph
+from fptq_compiler.lower.parity import check_half_parity
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.targets.ort_cuda import TARGET
 from fptq_compiler.lower.targets.ort_cuda_contract import broken_promises
@@ -233,6 +234,43 @@ def test_what_a_target_cannot_do_is_refused(changes: dict[str, Any], words: str)
 )
 def test_auto_is_the_target_s_own(changes: dict[str, Any], expected: str) -> None:
     assert float_type_of(replace(Recipe(), **changes)) == expected
+
+
+# The comparison of a file in float16.
+
+
+def half_parity(compiled: Compiled, model: onnx.ModelProto, folder: Path) -> list[str]:
+    path = folder / "changed.onnx"
+    onnx.save(model, path)
+    ids = torch.from_numpy(random_ids(2, 12))
+    parity = check_half_parity(compiled.program, path, ids, folder, TARGET.session_config)
+    return parity.failures()
+
+
+def test_another_scale_is_seen_in_float16(toy: Compile, tmp_path: Path) -> None:
+    """A twentieth more: six codes at the end of the range, where roundings explain a half."""
+    compiled = toy("4-8-8", "float16", cached=True)
+    model = compiled.model
+    assert half_parity(compiled, model, tmp_path) == []
+    name = nodes(model, "QuantizeLinear")[0].input[1]
+    (scale,) = (n for n in model.graph.node if name in n.output)
+    value = onnx.numpy_helper.to_array(scale.attribute[0].t) * np.float16(1.05)
+    scale.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(value))
+    assert any("differ away from any tie" in words for words in half_parity(
+        compiled, model, tmp_path
+    ))
+
+
+def test_another_weight_code_is_seen_in_blocks(toy: Compile, tmp_path: Path) -> None:
+    compiled = toy("4-16-16", "float16")
+    model = compiled.model
+    assert half_parity(compiled, model, tmp_path) == []
+    packed = next(t for t in model.graph.initializer if t.name.endswith("weight_codes_blocks"))
+    codes = onnx.numpy_helper.to_array(packed).copy()
+    codes[1, 0, 3] ^= 0x10
+    packed.CopyFrom(onnx.numpy_helper.from_array(codes, packed.name))
+    found = half_parity(compiled, model, tmp_path)
+    assert found[0] == "the weight codes in the file are not the program's"
 
 
 # The contract.
