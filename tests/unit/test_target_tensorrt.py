@@ -205,7 +205,8 @@ def test_an_asymmetric_zero_point_breaks_it(toy: Compile) -> None:
 def test_another_block_breaks_it(toy: Compile) -> None:
     compiled = toy("4-8-8", "float16")
     model = compiled.model
-    node = next(n for n in nodes(model, "DequantizeLinear") if "block_size" in attributes(n))
+    (name, *_) = (n.output[0] for n in weights_of(compiled))
+    (node,) = (n for n in model.graph.node if name in n.output)
     next(a for a in node.attribute if a.name == "block_size").i = 32
     (words,) = broken(compiled, model)
     assert "INT4 weight in blocks of 32 with 2 inputs, expected blocks of 64 or 128" in words
