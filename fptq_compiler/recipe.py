@@ -156,39 +156,38 @@ class Recipe:
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
         """
-        changed: dict[str, Any] = {
-            "target": target, "dtype": dtype, "verify": verify, "seed": seed
-        }
-        if bits is not None:
-            changed["bits"] = Bits.parse(bits)
-        if transforms is not None:
-            words = transforms.strip()
-            parts = [part.strip() for part in words.split(",")]
-            simple = words in ("auto", "none")
-            names = read_transforms("--transforms", words if simple else parts)
-            changed["transforms"] = replace(
-                self.transforms, names=names, where_possible=names is None
-            )
-        cache = {"enabled": kv_cache, "max_length": max_length, "scales": kv_scales}
-        asked: dict[str, Any] = {k: v for k, v in cache.items() if v is not None}
-        changed["cache"] = replace(self.cache, **asked)
-        tables = {"embedding_bits": embedding_bits, "head_bits": head_bits}
-        wanted = {key: value for key, value in tables.items() if value is not None}
-        level: dict[str, Any] = {"matmulnbits_accuracy_level": matmulnbits_accuracy_level}
-        weights = {k: v for k, v in {**tables, **level}.items() if v is not None}
-        changed["weights"] = replace(self.weights, **weights)
-        sizes = {"samples": samples, "length": sequence_length}
-        given = {key: value for key, value in sizes.items() if value is not None}
-        changed["calibration"] = replace(self.calibration, **given)
-        made = replace(self, **{key: value for key, value in changed.items() if value is not None})
-        if made.bits.weights == 16 and any(value != 16 for value in wanted.values()):
-            flags = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in wanted.items())
+        tables = _given(embedding_bits=embedding_bits, head_bits=head_bits)
+        made = replace(
+            self,
+            **_given(target=target, dtype=dtype, verify=verify, seed=seed),
+            bits=self.bits if bits is None else Bits.parse(bits),
+            transforms=self.transforms if transforms is None else self._transforms(transforms),
+            weights=replace(
+                self.weights, **tables,
+                **_given(matmulnbits_accuracy_level=matmulnbits_accuracy_level),
+            ),
+            cache=replace(
+                self.cache, **_given(enabled=kv_cache, max_length=max_length, scales=kv_scales)
+            ),
+            calibration=replace(
+                self.calibration, **_given(samples=samples, length=sequence_length)
+            ),
+        )
+        if made.bits.weights == 16 and any(value != 16 for value in tables.values()):
+            flags = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in tables.items())
             message = (
                 f"{flags}: at {made.bits} the weights stay in float, and embedding and head "
                 "with them; quantise the weights, or leave it out"
             )
             raise RecipeError(message)
         return made
+
+    def _transforms(self, flag: str) -> TransformsRecipe:
+        """The words of --transforms: `auto`, `none`, or names, which are demanded."""
+        words = flag.strip()
+        names = words if words in ("auto", "none") else [w.strip() for w in words.split(",")]
+        chosen = read_transforms("--transforms", names)
+        return replace(self.transforms, names=chosen, where_possible=chosen is None)
 
     def to_toml(self) -> str:
         """Writes the whole recipe, defaults included; `from_toml` gives an equal one back."""
@@ -220,6 +219,11 @@ class Recipe:
         except RecipeError as error:
             message = f"{where}: {error}"
             raise RecipeError(message) from error
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    """The flags that were given; None leaves a setting alone."""
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 BUILT_IN: Final[Mapping[str, Recipe]] = {
