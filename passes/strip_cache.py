@@ -32,6 +32,7 @@ from fptq_compiler.passes.captured_cache import (
     refuse,
 )
 from fptq_compiler.passes.drop_inputs import drop_inputs, make_plain
+from fptq_compiler.passes.plain_inputs import is_mask, is_positions
 from fptq_compiler.passes.whole_proof import WholeProof
 
 aten = torch.ops.aten
@@ -48,9 +49,11 @@ class StripCache(Pass):
             UnsupportedModelError: a cache that cannot be taken out, naming the node.
             VerificationError: the stripped graph computes something else.
         """
-        slots = find_slots(program)
         presents = outputs_of(program)[1:]
-        if not slots and not presents:
+        if not presents and not program.call_nodes(COPY_BACK):
+            return PassResult(0)
+        slots = find_slots(program)
+        if not presents and not slots:
             return PassResult(0)
         ids = program.node(program.inputs[program.ids_index].name)
         _refuse_fixed(ids)
@@ -64,7 +67,7 @@ class StripCache(Pass):
             _take_out(program, slot, ids)
         _drop_writes(program)
         _drop_empty_parts(program)
-        drop_inputs(program, [n for n in _inputs(program) if n is not ids], ids)
+        drop_inputs(program, _other_inputs(program, ids), ids)
         make_plain(program, ids, longest)
         _drop_zero_offsets(program)
         clean(program.module)
@@ -73,8 +76,16 @@ class StripCache(Pass):
         return PassResult(max(len(slots), 1))
 
 
-def _inputs(program: Program) -> list[Node]:
-    return [n for n in program.graph.nodes if n.op == "placeholder"]
+def _other_inputs(program: Program, ids: Node) -> list[Node]:
+    """Masks and positions that are still read, now that the cache is out."""
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    output.args = (outputs_of(program)[:1],)
+    program.graph.eliminate_dead_code()
+    found = [n for n in program.graph.nodes if n.op == "placeholder" and n.users and n is not ids]
+    for node in found:
+        if not is_mask(node) and not is_positions(node):
+            refuse(node, "is neither token ids nor a cache, a mask (B, T) or positions")
+    return found
 
 
 def _refuse_fixed(ids: Node) -> None:
