@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import Environment, attribute, run_node
@@ -67,6 +68,7 @@ class _Resizing:
             if isinstance(n.meta.get("val"), Tensor)
         }
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self._longest = longest
         self._values: Environment = {ids: _symbolic(self._mode, ids.meta["val"].dtype, longest)}
         ids.meta["val"] = self._values[ids]
         with module.graph.inserting_after(ids):
@@ -86,7 +88,17 @@ class _Resizing:
             elif node.op == "call_function":
                 self._follow(node)
                 self._record(node)
+        self._bound()
         self._module.recompile()
+
+    def _bound(self) -> None:
+        """Note how many tokens there may be, for `evaluate.longest_sequence`."""
+        size = self._ids.meta["val"].shape[1]
+        if size.node.expr.is_Integer:
+            self._refuse(self._ids, ValueError(f"the sequence became {size}"))
+        if self._longest is not None:
+            environment = size.node.shape_env
+            environment.var_to_range[size.node.expr] = ValueRanges(2, self._longest)
 
     def _record(self, node: Node) -> None:
         try:
@@ -210,13 +222,11 @@ def _symbolic(mode: FakeTensorMode, dtype: torch.dtype, longest: int | None) -> 
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
         dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC]
     )
-    example = torch.zeros((rows, min(columns, longest or columns)), dtype=dtype)
-    found = mode.from_tensor(example, symbolic_context=context)
-    tokens = found.shape[1]
-    if longest is not None and isinstance(tokens, torch.SymInt):
-        size = tokens.node
-        size.shape_env.constrain_symbol_range(size.expr, compiler_min=2, compiler_max=longest)
-    return found
+    # Below the bound, or what is cut to the tokens that there are would seem to be whole.
+    columns = min(columns, max(2, longest - 1)) if longest is not None else columns
+    return mode.from_tensor(
+        torch.zeros((rows, columns), dtype=dtype), symbolic_context=context
+    )
 
 
 def _put_literal(node: Node, value: int) -> None:
