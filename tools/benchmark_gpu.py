@@ -72,7 +72,8 @@ class Check:
     """What one file did.
 
     Attributes:
-        elsewhere: kernels that ran on the CPU, and copies between devices.
+        elsewhere: kernels that ran on the CPU, and copies between devices; or why there is no
+            file, or it does not run.
         apart: from the logits of the frozen program in torch, of the largest; None if not known.
         same: part of the positions whose likeliest token is the same.
     """
@@ -170,10 +171,13 @@ def speed_table(rows: Sequence[Row], device: Device) -> Table:
         table.add_column(name, justify="right")
     for _, group in groupby(rows, key=lambda row: row.what):
         for row in group:
-            table.add_row(
-                row.what, row.form, f"{row.seconds * MS:.3g}", f"{row.floor * MS:.3g}",
-                f"{row.seconds / row.floor:.1f}", f"{row.faster:.2f}",
-            )
+            floor = f"{row.floor * MS:.3g}"
+            if row.seconds is None:
+                table.add_row(row.what, row.form, "no kernel", floor)
+                continue
+            faster = "" if row.faster is None else f"{row.faster:.2f}"
+            times = f"{row.seconds / row.floor:.1f}"
+            table.add_row(row.what, row.form, f"{row.seconds * MS:.3g}", floor, times, faster)
         table.add_section()
     return table
 
@@ -225,14 +229,22 @@ def main(
     with tempfile.TemporaryDirectory() as name, listening(0) as progress:
         place = folder or Path(name)
         source = model or synthetic(Path(name), 1, 192, 128)
-        files = {}
+        files: dict[str, ModelFile] = {}
+        checks: dict[str, Check] = {}
         for bits in dict.fromkeys((FLOAT, *wanted.split(","))):
-            files[bits] = compiled(
-                source, place, bits, target=target, recipe=recipe, length=length
-            )
-            if bits.startswith("4-16"):
-                files[f"{bits}, fpA_intB"] = with_intb(files[bits])
-        checks = {label: check(file, settings) for label, file in files.items()}
+            try:
+                made = {bits: compiled(
+                    source, place, bits, target=target, recipe=recipe, length=length
+                )}
+                if bits.startswith("4-16"):
+                    made[f"{bits}, fpA_intB"] = with_intb(made[bits])
+                checks |= {label: check(file, settings) for label, file in made.items()}
+            except FptqError as error:  # the other settings are worth having without this one
+                if bits == FLOAT:
+                    raise click.ClickException(str(error)) from error
+                checks[bits] = Check((f"error: {error}",))
+            else:
+                files |= made
         sizes = TINY if tiny else Sizes()
         found = measure(files, sizes, rows, settings, device, progress)
     console = Console(markup=False)

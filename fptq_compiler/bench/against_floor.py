@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from fptq_compiler.bench.model import open_model
 from fptq_compiler.bench.operators import CachedAttention, Form, Matmul, step_of
 from fptq_compiler.bench.result import Settings, spread
 from fptq_compiler.bench.run import time_points
+from fptq_compiler.errors import RuntimeLoadError
 from fptq_compiler.progress import Progress
 from fptq_compiler.runtime.model_file import ModelFile
 
@@ -29,16 +31,16 @@ class Row:
     Attributes:
         what: was called: a step, or the shape of a matmul.
         form: of the model or operator.
-        seconds: of one call, the median.
+        seconds: of one call, the median; None where the provider has no such kernel.
         floor: the least.
-        faster: than the float form, the median of the ratios within each round.
+        faster: than the float form, the median of the ratios within each round; None likewise.
     """
 
     what: str
     form: str
-    seconds: float
+    seconds: float | None
     floor: float
-    faster: float
+    faster: float | None
 
 
 def model_rows(
@@ -82,7 +84,8 @@ def matmul_rows(
     floors, copies = {}, {}
     for label, (form, config) in forms.items():
         case = Matmul(form, *shape, dtype)
-        steps[label] = step_of(case.model(streamed), case.feeds(), settings, config)
+        with suppress(RuntimeLoadError):
+            steps[label] = step_of(case.model(streamed), case.feeds(), settings, config)
         copies[label] = case.copies(streamed)
         integer = form == "MatMulInteger"
         floors[label] = device.floor(case.weight_bytes, case.operations, integer=integer)
@@ -111,7 +114,8 @@ def attention_rows(
     floors = {}
     for cache in (str(dtype), "int8", "int4"):
         case, label = CachedAttention(cache, tokens, past, *heads, dtype), f"{cache} cache"
-        steps[label] = step_of(case.model(), case.feeds(), settings, {})
+        with suppress(RuntimeLoadError):
+            steps[label] = step_of(case.model(), case.feeds(), settings, {})
         floors[label] = device.floor(case.cache_bytes, case.operations, integer=False)
     what = f"attention, {tokens} behind {past}"
     yield from _rows(what, time_in_turns(steps, settings.repeats, progress, what), floors)
@@ -121,9 +125,12 @@ def _rows(
     what: str, times: Mapping[str, Sequence[float]], floors: Mapping[str, float]
 ) -> Iterator[Row]:
     """A row a form; the first is the float one."""
-    plain = next(iter(times.values()))
-    for label, values in times.items():
-        ratios = [a / b for a, b in zip(plain, values, strict=True)]
-        yield Row(
-            what, label, spread(values).median, floors[label], spread(ratios).median
-        )
+    plain = times.get(next(iter(floors)))
+    for label, floor in floors.items():
+        values = times.get(label)
+        if values is None:
+            yield Row(what, label, None, floor, None)
+            continue
+        ratios = [a / b for a, b in zip(plain or (), values, strict=plain is not None)]
+        faster = spread(ratios).median if ratios else None
+        yield Row(what, label, spread(values).median, floor, faster)

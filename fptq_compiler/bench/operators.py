@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fptq_compiler.bench.measure import Step
 from fptq_compiler.bench.result import Settings
+from fptq_compiler.errors import RuntimeLoadError
 from fptq_compiler.runtime.placement import ELEMENTS, device_of
 from fptq_compiler.runtime.session import available_providers, session_options
 
@@ -32,6 +33,7 @@ STREAMED: Final = 256 * 2**20
 MOST_COPIES: Final = 32
 FEW_ROWS: Final = 16
 _SEED: Final = 0
+_WHOLLY: Final = {"session.disable_cpu_ep_fallback": "1"}
 _OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1))
 _IR_VERSION: Final = 10
 
@@ -217,16 +219,23 @@ def step_of(
         config: entries of the session's configuration.
 
     Raises:
-        RuntimeLoadError: the provider is not there.
+        RuntimeLoadError: the provider is not there, or cannot run all of the model itself.
     """
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), session_options(config, settings.threads),
-        providers=available_providers([settings.provider or "cpu"]),
-    )
+    providers = available_providers([settings.provider or "cpu"])
+    wholly = {} if providers[0].startswith("CPU") else _WHOLLY
+    options = session_options({**config, **wholly}, settings.threads)
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=providers
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
+        message = f"{providers[0]} cannot run {model.graph.node[0].op_type}: {error}"
+        raise RuntimeLoadError(message) from error
     device, binding = device_of(session), session.io_binding()
     for name, array in feeds.items():
+        place = device if array.shape else "cpu"  # kernels read lengths, which are scalars, there
         binding.bind_ortvalue_input(
-            name, onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+            name, onnxruntime.OrtValue.ortvalue_from_numpy(array, place, 0)
         )
     for output in session.get_outputs():
         binding.bind_output(output.name, device, 0)

@@ -11,13 +11,16 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+from fptq_compiler.bench import against_floor, operators
 from fptq_compiler.bench.devices import Device, device_of, gpu_name
 from fptq_compiler.bench.floors import least_seconds, weights_of
 from fptq_compiler.bench.operators import CachedAttention, Matmul, step_of
 from fptq_compiler.bench.placement import misplaced
 from fptq_compiler.bench.result import KernelRow, Settings
-from fptq_compiler.errors import RecipeError
+from fptq_compiler.errors import LoweringError, RecipeError, RuntimeLoadError
+from fptq_compiler.progress import SilentProgress
 from fptq_compiler.runtime.model_file import read_model_file
 from tests.cached_model import HIDDEN, KV_HEADS, LAYERS, VOCABULARY, write_cached_model
 
@@ -91,6 +94,47 @@ def test_a_file_that_ran_elsewhere_fails(
     assert shown.exit_code == 1
     assert "decode: 3 MemcpyToHost" in shown.output
     assert "ran elsewhere, or gave no numbers: 16-16-16" in shown.output
+
+
+def test_a_setting_that_cannot_be_had_does_not_stop_the_others(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(model: Path, folder: Path, bits: str, **rest: object) -> Any:
+        if bits == "4-4-4":
+            message = "no such cache"
+            raise LoweringError(message)
+        return read_model_file(write_cached_model(folder / f"{bits}.onnx", "float32"))
+
+    monkeypatch.setattr(tool, "compiled", compiled)
+    words = [*WORDS, *LIMITS, "--folder", str(tmp_path), "--settings", "4-4-4,4-8-16"]
+    shown = CliRunner().invoke(tool.main, words)
+    assert shown.exit_code == 1
+    assert "error: no such cache" in shown.output
+    assert "gave no numbers: 4-4-4\n" in shown.output
+    lines = [line for line in shown.output.splitlines() if "decode 16" in line]
+    assert any("4-8-16" in line for line in lines)
+
+
+def test_a_provider_without_the_kernel_has_no_figure(
+    tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step_of(model: onnx.ModelProto, *rest: Any) -> Any:
+        if model.graph.node[0].op_type == "MatMulInteger":
+            message = "no kernel"
+            raise RuntimeLoadError(message)
+        return operators.step_of(model, *rest)
+
+    monkeypatch.setattr(against_floor, "step_of", step_of)
+    settings = Settings(provider="cpu", threads=1, repeats=1)
+    shape = (1, 64, 96)
+    rows = list(
+        against_floor.matmul_rows(shape, FLOAT32, settings, SLOW, SilentProgress(), 1)
+    )
+    assert [row.seconds is None for row in rows] == [False, True, False, False]
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(tool.speed_table(rows, SLOW))
+    assert "no kernel" in shown.get()
 
 
 def test_logits_that_are_no_numbers_fail(tool: Any) -> None:
