@@ -32,6 +32,11 @@ from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
 from fptq_compiler.runtime.session_file import SessionFile, write_session_file
 
+ELEMENT_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 BFLOAT16_WORDS = (
     "bfloat16 was compared in float32, before the conversion: ONNX Runtime's CPU provider has no "
     "kernels for it"
@@ -79,8 +84,7 @@ def lower(
                 twin = finish(model.clone(), target, ir.DataType.FLOAT, weights)
                 save(twin, exact, metadata, target.ir_version)
                 del twin
-            number = ir.DataType[float_type.upper().replace("32", "")]
-            model = finish(model, target, number, weights)
+            model = finish(model, target, ELEMENT_TYPES[float_type], weights)
             report.audit = audit(program, model, recipe.bits.weights, recipe.head_bits)
             save(model, staged, metadata, target.ir_version)
             del model
