@@ -2,8 +2,8 @@
 
 A weight quantiser and its linear become `fptq.linear` on codes (K, N); an embedding becomes
 `fptq.embedding` on codes (V, d), in INT4 two to a byte. The codes come from the function that
-training used. Keys and values on a symmetric grid become `fptq.stored`, what a cache gives back
-of them.
+training used. Keys and values that a cache will hold become `fptq.stored`, what it gives back of
+them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FreezeQuantizers(Pass):
                 continue
             module = program.module.get_submodule(record.module)
             assert isinstance(module, ActivationFakeQuantizer)
-            freeze = _freeze_stored if module.grid.symmetric else _freeze_activation
+            freeze = _freeze_stored if record.stored else _freeze_activation
             replace(node, freeze(program, record, module, node))
             changed += 1
         return PassResult(changed)
@@ -54,7 +54,7 @@ def _freeze_activation(
     program: Program, record: ActivationQuantizer, module: ActivationFakeQuantizer, node: Node
 ) -> Node:
     zero_point = round_zero_point(module.zero_point, module.grid)
-    zero = int(zero_point.item())
+    zero = int(zero_point.item()) - module.grid.lowest  # the operator's codes start at 0
     arguments = (node.args[0], module.scale.item(), zero, record.bits, record.role)
     return call(program.graph, node, ops.fake_quantize, arguments, like=node,
                 name=f"{node.name}_frozen")

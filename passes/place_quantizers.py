@@ -70,7 +70,7 @@ class PlaceQuantizers(Pass):
                     assert isinstance(source, Node)
                     _place_activation(
                         program, source, [core], self.cache, role,
-                        symmetric=self.symmetric or self.stored_cache,
+                        symmetric=self.symmetric or self.stored_cache, stored=self.stored_cache,
                         scale_shape=_channels(source) if self.channel_scales else (),
                     )
         return PassResult(len(program.weight_quantizers) + len(program.activation_quantizers))
@@ -138,7 +138,7 @@ def _channels(source: Node) -> tuple[int, ...]:
 
 
 def _place_activation(program: Program, source: Node, readers: list[Node], bits: int,
-                      role: str, *, symmetric: bool = False,
+                      role: str, *, symmetric: bool = False, stored: bool = False,
                       scale_shape: tuple[int, ...] = ()) -> None:
     path = f"activation_quantizers.{source.name}"
     if role in ("key", "value"):
@@ -150,5 +150,5 @@ def _place_activation(program: Program, source: Node, readers: list[Node], bits:
     for reader in readers:
         reader.replace_input_with(source, edge)
     program.activation_quantizers.append(
-        ActivationQuantizer(path, edge.name, tuple(r.name for r in readers), role, bits)
+        ActivationQuantizer(path, edge.name, tuple(r.name for r in readers), role, bits, stored)
     )

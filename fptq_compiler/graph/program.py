@@ -41,13 +41,17 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class ActivationQuantizer:
-    """A static activation quantiser: its module, its node in the graph, and its readers."""
+    """A static activation quantiser: its module, its node in the graph, and its readers.
+
+    `stored` says of keys and values that a cache will hold their codes.
+    """
 
     module: str
     node: str
     readers: tuple[str, ...]
     role: str  # "linear input" | "head input" | "key" | "value"
     bits: int
+    stored: bool = False
 
 
 @dataclass(frozen=True)
