@@ -87,6 +87,12 @@ class Recipe:
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("verify", self.verify, VERIFY_LEVELS)
         check_at_least("seed", self.seed, 0)
+        if self.cache.scales != "auto" and self.bits.cache == 16:
+            message = (
+                f"cache.scales is {self.cache.scales!r}, but at {self.bits} the cache is float "
+                "and has none; leave it out, or quantise the cache"
+            )
+            raise RecipeError(message)
         if self.weights.matmulnbits_accuracy_level == 4 and not self.weight_only:
             message = (
                 f"weights.matmulnbits_accuracy_level is 4, but at {self.bits} no linear runs in "
@@ -109,6 +115,13 @@ class Recipe:
     def head_bits(self) -> int:
         """Bits of the head: 16 where the weights are not quantised at all."""
         return 16 if self.bits.weights == 16 else self.weights.head_bits
+
+    @property
+    def channel_scales(self) -> bool:
+        """Whether every head and channel of the cache has a scale of its own."""
+        scales = self.cache.scales
+        by_itself = self.cache.enabled and self.bits.cache == 4
+        return scales == "per-channel" or (scales == "auto" and by_itself)
 
     @property
     def hadamard_block(self) -> int:

@@ -142,7 +142,7 @@ def quantize(
         embedding_bits=recipe.embedding_bits,
         head_bits=recipe.head_bits,
         stored_cache=recipe.cache.enabled,
-        channel_scales=recipe.cache.scales == "per-channel",
+        channel_scales=recipe.channel_scales,
         symmetric=target_of(recipe.target).symmetric_activations,
     )
     with report.stage("quantise"):

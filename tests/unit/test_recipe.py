@@ -108,7 +108,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "\n[cache]\n"
         "enabled = false\n"
         "max_length = 0\n"
-        'scales = "per-tensor"\n'
+        'scales = "auto"\n'
     )
 
 
@@ -215,11 +215,15 @@ def test_the_cache_and_its_length_are_asked_for_together() -> None:
 
 
 def test_the_scales_of_the_cache_are_asked_for_with_it() -> None:
-    assert Recipe().override(kv_cache=True).cache.scales == "per-tensor"
+    found = [Recipe().override(bits=b, kv_cache=True).channel_scales for b in ("4-8-8", "4-8-4")]
+    assert found == [False, True]
+    assert not Recipe().override(bits="4-8-4").channel_scales
     cached = Recipe().override(kv_cache=True, kv_scales="per-channel").cache
     assert (cached.enabled, cached.scales) == (True, "per-channel")
     with pytest.raises(RecipeError, match="ask for one with --kv-cache"):
         Recipe().override(kv_scales="per-channel")
+    with pytest.raises(RecipeError, match="the cache is float and has none"):
+        Recipe().override(bits="4-8-16", kv_cache=True, kv_scales="per-channel")
 
 
 @pytest.mark.parametrize(
