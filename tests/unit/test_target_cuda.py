@@ -23,7 +23,7 @@ from fptq_compiler.lower.parity import check_half_parity
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.targets.ort_cuda import TARGET
 from fptq_compiler.lower.targets.ort_cuda_contract import broken_promises
-from fptq_compiler.recipe import Bits, CacheRecipe, Recipe
+from fptq_compiler.recipe import Bits, CacheRecipe, Recipe, WeightsRecipe
 from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import SessionFile
 from tests.compiling import Compiled, compile_toy, quick
@@ -75,6 +75,17 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any]:
     (found,) = (n for n in model.graph.node if name in n.output)
     return onnx.numpy_helper.to_array(attributes(found)["value"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_int4_table_is_read_by_one_kernel(dtype: str, tmp_path: Path) -> None:
+    tables = WeightsRecipe(embedding_bits=4, head_bits=4)
+    recipe = replace(quick("4-8-8", target="ort-cuda", dtype=dtype, verify="off"), weights=tables)
+    model = compile_toy(TOY, recipe, tmp_path / "toy.onnx").model
+    (gather,) = nodes(model, "GatherBlockQuantized")
+    stored = {t.name: t for t in model.graph.initializer}
+    assert list(stored[gather.input[0]].dims) == [TOY.vocabulary, TOY.hidden // 2]
+    assert not nodes(model, "BitwiseAnd")
 
 
 # Linears.

@@ -201,7 +201,7 @@ def _integer_linear(
     )
 
 
-def _embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
+def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
     """GatherBlockQuantized on INT4 codes; others as in `qdq`, where one Gather is as fast."""
     if bits != 4:
         return qdq.embedding(ids, codes, scale, bits)
@@ -222,7 +222,7 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
 
     return qdq.translations(program) | {
         ops.linear: emit_linear,
-        ops.embedding: _embedding,
+        ops.embedding: embedding,
         ops.rms_norm: carry_rms_norm,
         ops.unit_rms: carry_unit_rms,
     }

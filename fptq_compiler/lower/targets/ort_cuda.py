@@ -2,6 +2,7 @@
 
     linear            with quantised activations the function fptq.QuantizedLinear, MatMulInteger
                       on INT8; else com.microsoft.MatMulNBits in blocks of 32
+    embedding         com.microsoft.GatherBlockQuantized for INT4, else Gather
     fake_quantize     INT8 codes; the provider has no UINT8 matmul
     rms_norm          RMSNormalization-23, statistics in float32
     attention         Attention-23
@@ -52,7 +53,7 @@ def translations(program: Program) -> dict[Any, Callable[..., Any]]:
         ops.sum_of_squares: carry_sum_of_squares,
         ops.rms_norm: carry_rms_norm,
         ops.fake_quantize: signed.fake_quantize,
-        ops.embedding: qdq.embedding,
+        ops.embedding: ort_cpu.embedding,
         ops.attention: carry_plain_attention,
         ops.linear: carry_linear,
     }
