@@ -18,7 +18,14 @@ from torch.export import ExportedProgram
 from fptq_compiler import driver
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.contract import session_options
-from fptq_compiler.recipe import Bits, CalibrationRecipe, LocalRecipe, Recipe, WeightsRecipe
+from fptq_compiler.recipe import (
+    Bits,
+    CacheRecipe,
+    CalibrationRecipe,
+    LocalRecipe,
+    Recipe,
+    WeightsRecipe,
+)
 from fptq_compiler.report import Report
 from fptq_compiler.runtime.session_file import FULL_PRECISION
 from tests.toys import ToyConfig, export_toy
@@ -87,6 +94,34 @@ def compile_toy(config: ToyConfig, recipe: Recipe, path: Path, **options: Any) -
     return keeping_program(
         lambda: driver.compile_model(exported(config), path, options=chosen), path, recipe
     )
+
+
+CACHE_LENGTH = 40
+CompileForGpu = Callable[..., Compiled]
+
+
+def gpu_compiler(config: ToyConfig, target: str, folder: Callable[[str], Path]) -> CompileForGpu:
+    """Compile a toy for a target of half precision, each setting once.
+
+    Args:
+        config: the toy.
+        target: its name.
+        folder: makes an empty folder.
+    """
+    done: dict[Any, Compiled] = {}
+
+    def compile_at(bits: str, dtype: str, *, cached: bool = False) -> Compiled:
+        key = (bits, dtype, cached)
+        if key not in done:
+            length = CACHE_LENGTH if cached else 0
+            recipe = quick(
+                bits, target=target, dtype=dtype, verify="off",
+                cache=CacheRecipe(enabled=cached, max_length=length),
+            )
+            done[key] = compile_toy(config, recipe, folder(target) / "toy.onnx")
+        return done[key]
+
+    return compile_at
 
 
 def run_onnx(path: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ slowly, and says that they compute what they should.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,36 +21,22 @@ from fptq_compiler.errors import LoweringError, RecipeError
 from fptq_compiler.graph import ops
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.targets.tensorrt_contract import broken_promises
-from fptq_compiler.recipe import Bits, CacheRecipe, Recipe, WeightsRecipe
+from fptq_compiler.recipe import Bits, Recipe, WeightsRecipe
 from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import SessionFile
-from tests.compiling import Compiled, compile_toy, quick
+from tests.compiling import Compiled, CompileForGpu, compile_toy, gpu_compiler, quick
 from tests.decoding import decode, error, random_ids
 from tests.toys import ToyConfig
 
 TOY = ToyConfig(layers=1, hidden=64, mlp=128, head_dim=16)
 LINEARS = 8  # q k v o, gate up down, and the head
-LENGTH = 40
 CLOSE = 1e-4  # of the largest logit, as in lower.parity
-Compile = Callable[..., Compiled]
 TYPES = onnx.TensorProto
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compile the toy, once in this module for each setting."""
-    done: dict[Any, Compiled] = {}
-
-    def compile_at(bits: str, dtype: str, *, cached: bool = False) -> Compiled:
-        key = (bits, dtype, cached)
-        if key not in done:
-            cache = CacheRecipe(enabled=True, max_length=LENGTH) if cached else CacheRecipe()
-            recipe = quick(bits, target="tensorrt", dtype=dtype, cache=cache, verify="off")
-            path = tmp_path_factory.mktemp("tensorrt") / "toy.onnx"
-            done[key] = compile_toy(TOY, recipe, path)
-        return done[key]
-
-    return compile_at
+def toy(tmp_path_factory: pytest.TempPathFactory) -> CompileForGpu:
+    return gpu_compiler(TOY, "tensorrt", tmp_path_factory.mktemp)
 
 
 def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
@@ -70,7 +55,7 @@ def weights_of(compiled: Compiled) -> list[onnx.NodeProto]:
     return found
 
 
-def test_weights_are_int4_in_blocks(toy: Compile) -> None:
+def test_weights_are_int4_in_blocks(toy: CompileForGpu) -> None:
     """128 where that divides the input channels, else 64; one scale, repeated, is as before."""
     compiled = toy("4-8-8", "float16")
     tensors = compiled.initializers()
@@ -95,7 +80,7 @@ def test_weights_are_int4_in_blocks(toy: Compile) -> None:
     assert blocks == {(64, 64): 6, (128, 128): 1}
 
 
-def test_activations_are_symmetric_int8(toy: Compile) -> None:
+def test_activations_are_symmetric_int8(toy: CompileForGpu) -> None:
     compiled = toy("4-8-8", "float16")
     producers = {n.output[0]: n for n in compiled.model.graph.node}
     quantizers = nodes(compiled.model, "QuantizeLinear")
@@ -109,7 +94,7 @@ def test_activations_are_symmetric_int8(toy: Compile) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_file_is_standard_onnx(toy: Compile, cached: bool) -> None:
+def test_the_file_is_standard_onnx(toy: CompileForGpu, cached: bool) -> None:
     model = toy("4-8-8", "float32" if cached else "float16", cached=cached).model
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 21)]
     assert {n.domain for n in model.graph.node} == {""}
@@ -117,7 +102,7 @@ def test_the_file_is_standard_onnx(toy: Compile, cached: bool) -> None:
     assert not model.functions
 
 
-def test_sums_of_squares_are_computed_in_float32(toy: Compile) -> None:
+def test_sums_of_squares_are_computed_in_float32(toy: CompileForGpu) -> None:
     model = toy("4-8-8", "float16").model
     producers = {n.output[0]: n for n in model.graph.node}
     sums = nodes(model, "ReduceSumSquare")
@@ -127,7 +112,7 @@ def test_sums_of_squares_are_computed_in_float32(toy: Compile) -> None:
         assert (cast.op_type, attributes(cast)) == ("Cast", {"to": TYPES.FLOAT})
 
 
-def test_it_runs_as_the_simulation(toy: Compile) -> None:
+def test_it_runs_as_the_simulation(toy: CompileForGpu) -> None:
     """Chunks and tokens of a cached file in float32, against whole sequences in torch."""
     compiled = toy("4-8-8", "float32", cached=True)
     model = load(compiled.path, provider="CPUExecutionProvider", threads=1)
@@ -137,14 +122,14 @@ def test_it_runs_as_the_simulation(toy: Compile) -> None:
         assert error(decode(model, ids, bounds)[0], expected) <= CLOSE
 
 
-def test_float16_is_compared_twice(toy: Compile) -> None:
+def test_float16_is_compared_twice(toy: CompileForGpu) -> None:
     parity = toy("4-8-8", "float16").report.parity
     assert parity["activation codes wrong"] == parity["float16: activation codes wrong"] == 0
     roundings = float(np.finfo(np.float16).eps) * LINEARS**0.5
     assert 0 < float(parity["float16: logits, relative"]) <= roundings
 
 
-def test_the_session_file(toy: Compile) -> None:
+def test_the_session_file(toy: CompileForGpu) -> None:
     found = SessionFile.read(toy("4-8-8", "float16").path)
     assert found.target == "tensorrt"
     assert found.providers == (
@@ -187,12 +172,12 @@ def broken(compiled: Compiled, model: onnx.ModelProto) -> list[str]:
     return broken_promises(compiled.program, written, written)
 
 
-def test_the_written_file_keeps_the_contract(toy: Compile) -> None:
+def test_the_written_file_keeps_the_contract(toy: CompileForGpu) -> None:
     compiled = toy("4-8-8", "float16")
     assert broken(compiled, compiled.model) == []
 
 
-def test_an_asymmetric_zero_point_breaks_it(toy: Compile) -> None:
+def test_an_asymmetric_zero_point_breaks_it(toy: CompileForGpu) -> None:
     compiled = toy("4-8-8", "float16")
     model = compiled.model
     name = nodes(model, "QuantizeLinear")[0].input[2]
@@ -202,7 +187,7 @@ def test_an_asymmetric_zero_point_breaks_it(toy: Compile) -> None:
     assert "QuantizeLinear with zero-point INT8 3, expected INT8 0" in words
 
 
-def test_another_block_breaks_it(toy: Compile) -> None:
+def test_another_block_breaks_it(toy: CompileForGpu) -> None:
     compiled = toy("4-8-8", "float16")
     model = compiled.model
     (name, *_) = (n.output[0] for n in weights_of(compiled))
@@ -212,7 +197,7 @@ def test_another_block_breaks_it(toy: Compile) -> None:
     assert "INT4 weight in blocks of 32 with 2 inputs, expected blocks of 64 or 128" in words
 
 
-def test_a_linear_in_float_breaks_it(toy: Compile) -> None:
+def test_a_linear_in_float_breaks_it(toy: CompileForGpu) -> None:
     """The activation of one linear without its codes."""
     compiled = toy("4-8-8", "float16")
     model = compiled.model

@@ -7,12 +7,14 @@ that all layers share. Their operators go through the exporter as they are, in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript.values import Opset
 
+from fptq_compiler.graph import ops
 from fptq_compiler.lower.targets.schemas import FLOAT, INT, register
 
 DOMAIN = "fptq"
@@ -111,3 +113,11 @@ def carry_rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
 def carry_sum_of_squares(x: Any) -> Any:
     """The emitter of `fptq.sum_of_squares`."""
     return _fptq.SumOfSquares(x)
+
+
+WITH_FLOAT32_INSIDE: dict[Any, Callable[..., Any]] = {
+    ops.linear: carry_linear,
+    ops.rms_norm: carry_rms_norm,
+    ops.sum_of_squares: carry_sum_of_squares,
+}
+"""By operator, the emitters of those that compute in float32 inside, whatever the file does."""

@@ -20,21 +20,16 @@ from functools import partial
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
-from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCK, BLOCKS, pack_blocks, spread_scale
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets import Target, ort_cpu, ort_cuda_contract, qdq, signed
 from fptq_compiler.lower.targets.carried import (
+    WITH_FLOAT32_INSIDE,
     Carried,
-    carry_attention,
-    carry_linear,
     carry_plain_attention,
-    carry_positions,
-    carry_rms_norm,
-    carry_sum_of_squares,
 )
 from fptq_compiler.lower.targets.functions import call_quantized_linear, quantized_linear
 from fptq_compiler.lower.targets.sums import sum_of_squares
@@ -46,16 +41,10 @@ FLOAT_BITS = 16
 
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     """The emitters by operator, for torch.onnx.export's custom_translation_table."""
-    return {
-        cache_ops.positions: carry_positions,
-        cache_ops.cached_attention: carry_attention,
-        torch.ops.aten.relu.default: qdq.relu,
-        ops.sum_of_squares: carry_sum_of_squares,
-        ops.rms_norm: carry_rms_norm,
+    return qdq.translations(program) | WITH_FLOAT32_INSIDE | {
         ops.fake_quantize: signed.fake_quantize,
         ops.embedding: ort_cpu.embedding,
         ops.attention: carry_plain_attention,
-        ops.linear: carry_linear,
     }
 
 

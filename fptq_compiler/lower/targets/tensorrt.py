@@ -16,21 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from fptq_compiler.errors import LoweringError
-from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCKS, spread_scale
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets import Target, qdq, signed, tensorrt_contract
-from fptq_compiler.lower.targets.carried import (
-    carry_attention,
-    carry_linear,
-    carry_positions,
-    carry_rms_norm,
-    carry_sum_of_squares,
-)
+from fptq_compiler.lower.targets.carried import WITH_FLOAT32_INSIDE
 from fptq_compiler.lower.targets.sums import sum_of_squares
 from fptq_compiler.lower.targets.types import INT4
 from fptq_compiler.recipe import Recipe
@@ -40,16 +33,8 @@ SIZES = (128, 64)
 
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
     """The emitters by operator, for torch.onnx.export's custom_translation_table."""
-    return {
-        cache_ops.positions: carry_positions,
-        cache_ops.cached_attention: carry_attention,
-        torch.ops.aten.relu.default: qdq.relu,
-        ops.sum_of_squares: carry_sum_of_squares,
-        ops.rms_norm: carry_rms_norm,
-        ops.fake_quantize: signed.fake_quantize,
-        ops.embedding: qdq.embedding,
-        ops.attention: qdq.attention,
-        ops.linear: carry_linear,
+    return qdq.translations(program) | WITH_FLOAT32_INSIDE | {
+        ops.fake_quantize: signed.fake_quantize
     }
 
 
