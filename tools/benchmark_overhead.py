@@ -45,7 +45,7 @@ VARIANTS = {
 @click.option("--prompt-lengths", default="32,128,512", show_default=True)
 @click.option("--decode-at", default="128,1024", show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--repeats", default=9, show_default=True)
+@click.option("--repeats", default=15, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
     model: Path, calibration: Path | None, folder: Path, bits: str, target: str,

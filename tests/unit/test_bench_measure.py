@@ -18,6 +18,9 @@ class StubClock:
     def __call__(self) -> float:
         return self.now
 
+    def rest(self, seconds: float) -> None:
+        self.calls.append("rest")
+
     def step(self, name: str, *seconds: float) -> Step:
         durations = list(seconds)
 
@@ -44,23 +47,24 @@ def clock() -> StubClock:
 def test_the_models_take_turns_within_every_round(clock: StubClock) -> None:
     steps = {"A": clock.step("A", 1.0), "B": clock.step("B", 2.0)}
     progress = CountingProgress()
-    times = time_in_turns(steps, 3, progress, "decode", clock)
+    times = time_in_turns(steps, 3, progress, "decode", clock, clock.rest)
     assert times == {"A": (1.0, 1.0, 1.0), "B": (2.0, 2.0, 2.0)}
-    assert clock.calls == ["A", "A", "B", "B", *["A", "B"] * 3]
+    assert clock.calls == ["A", "A", "B", "B", *["rest", "A", "A", "rest", "B", "B"] * 3]
     assert progress.steps == 3
 
 
 def test_the_warm_up_is_not_among_the_times(clock: StubClock) -> None:
-    steps = {"A": clock.step("A", 9.0, 1.0, 0.5, 0.25)}
-    times = time_in_turns(steps, 2, SilentProgress(), "decode", clock)
+    steps = {"A": clock.step("A", 9.0, 1.0, 8.0, 0.5, 7.0, 0.25)}
+    times = time_in_turns(steps, 2, SilentProgress(), "decode", clock, clock.rest)
     assert times == {"A": (0.5, 0.25)}
 
 
 def test_short_steps_share_a_sample(clock: StubClock) -> None:
     steps = {"A": clock.step("A", 0.03125), "B": clock.step("B", 1.0)}
-    times = time_in_turns(steps, 2, SilentProgress(), "decode", clock)
+    times = time_in_turns(steps, 2, SilentProgress(), "decode", clock, clock.rest)
     assert times == {"A": (0.03125, 0.03125), "B": (1.0, 1.0)}
-    assert clock.calls == ["A", "A", "B", "B", *["A", "A", "A", "A", "B"] * 2]
+    once = ["rest", "A", "A", "A", "A", "A", "rest", "B", "B"]  # the first of each is not timed
+    assert clock.calls == ["A", "A", "B", "B", *once * 2]
 
 
 @pytest.mark.parametrize(
