@@ -46,7 +46,8 @@ Compile = Callable[..., Compiled]
 def with_cache(setting: str, target: str) -> Recipe:
     """The recipe of "W-A-KV" or "W-A-KV scales"."""
     bits, _, scales = setting.partition(" ")
-    cache = CacheRecipe(enabled=True, max_length=LENGTH, scales=scales or "per-tensor")
+    plain = "auto" if bits == FLOAT else "per-tensor"
+    cache = CacheRecipe(enabled=True, max_length=LENGTH, scales=scales or plain)
     return quick(bits, target=target, cache=cache)
 
 

@@ -49,14 +49,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Compile:
 def test_half_a_byte_a_code(toy: Compile, target: str) -> None:
     compiled = toy(target)
     rows = {row.kind: row for row in compiled.report.audit}
-    for kind in ("embedding", "head"):
+    read = 33 if target == "ort-cpu" else 32  # by the head: there the stream carries epsilon
+    sizes = {"embedding": 61 * 32 // 2, "head": (61 * read + 1) // 2}
+    for kind, size in sizes.items():
         assert (rows[kind].requested, rows[kind].written) == ("INT4", "INT4")
-        assert (rows[kind].tensors, rows[kind].bytes) == (1, 61 * 32 // 2)
+        assert (rows[kind].tensors, rows[kind].bytes) == (1, size)
     assert all(row.as_requested for row in compiled.report.audit)
     found = compiled.initializers()
     assert (found[TABLE].data_type, list(found[TABLE].dims)) == (onnx.TensorProto.UINT8, [61, 16])
-    assert (found[HEAD].data_type, list(found[HEAD].dims)) == (onnx.TensorProto.INT4, [32, 61])
-    assert len(found[TABLE].raw_data) == len(found[HEAD].raw_data) == 61 * 32 // 2
+    assert (found[HEAD].data_type, list(found[HEAD].dims)) == (onnx.TensorProto.INT4, [read, 61])
+    assert len(found[TABLE].raw_data) == sizes["embedding"]
+    assert len(found[HEAD].raw_data) == sizes["head"]
 
 
 def test_the_table_is_read_by_the_form_of_the_target(toy: Compile) -> None:
