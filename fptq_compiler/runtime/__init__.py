@@ -1,11 +1,17 @@
 """Run compiled models in ONNX Runtime: decode with a KV cache, sample, stream text.
 
+    from fptq_compiler.runtime import load
     from fptq_compiler.runtime.generate import generate
-    from fptq_compiler.runtime.session import load
 
     model = load("model.onnx")
     for token in generate(model, [1, 2, 3], max_new_tokens=16):
         ...
 
-`session_file` needs the standard library alone, so that the compiler can write what this reads.
+The session is set up as the file beside the model says.
 """
+
+from __future__ import annotations
+
+from fptq_compiler.runtime.session import load
+
+__all__ = ["load"]

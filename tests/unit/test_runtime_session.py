@@ -16,8 +16,8 @@ import pytest
 from onnx import TensorProto
 
 from fptq_compiler.errors import LoweringError, RuntimeLoadError
-from fptq_compiler.runtime import session_file
-from fptq_compiler.runtime.session import available_providers, load, session_options
+from fptq_compiler.runtime import load, session_file
+from fptq_compiler.runtime.session import available_providers, session_options
 from fptq_compiler.runtime.session_file import SessionFile, session_path, write_session_file
 from tests.cached_model import CACHE_TYPES, LAYERS, VOCABULARY, write_cached_model
 
