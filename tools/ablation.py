@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fptq_compiler.capture import capture
+from fptq_compiler.closed_config import read_record
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.perplexity import perplexity
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import TRANSFORMS, Recipe, load_recipe
 from fptq_compiler.report import Report
-from fptq_compiler.stages import quantize, transform, vocabulary_of
+from fptq_compiler.stages import quantize, take_in, transform, vocabulary_of
 from fptq_compiler.text import load_calibration, load_tokenizer, token_stream
 
 
@@ -60,7 +61,7 @@ def main(
 ) -> None:
     """Print the table, and write it as JSON where asked."""
     captured = capture(model)
-    original = unlift(captured.program)
+    original = take_in(captured.program)
     tokenizer = load_tokenizer(captured.tokenizer or model)
     stream = token_stream(text, tokenizer, tokens)
     recipe = changed(load_recipe(recipe_name).override(verify="off"), settings)
@@ -74,17 +75,20 @@ def main(
     rows: dict[str, list[float]] = {}
     for label, words in cases(which).items():
         started = time.perf_counter()
-        folded = Program(copy.deepcopy(original.module), original.inputs)
-        chosen = recipe.override(transforms=words)
         report, silent = Report(origin="ablation"), SilentProgress()
-        transform(folded, chosen, ids, report, silent)
         rows[label] = []
+        block: int | None = None
         for setting in widths:
+            chosen = recipe.override(transforms=words, bits=setting)
+            if chosen.hadamard_block != block:  # the same transforms otherwise
+                folded = Program(copy.deepcopy(original.module), original.inputs)
+                transform(folded, chosen, ids, report, silent)
+                block = chosen.hadamard_block
             program = replace(
                 folded, module=copy.deepcopy(folded.module), facts=set(folded.facts),
                 activation_quantizers=[], weight_quantizers=[],
             )
-            quantize(program, chosen.override(bits=setting), ids, report, silent)
+            quantize(program, chosen, ids, report, silent)
             rows[label].append(perplexity(program.run, stream, window, tokens).perplexity)
         words = ", ".join(f"{w}: {v:,.2f}" for w, v in zip(widths, rows[label], strict=True))
         console.print(f"{label}: {words} ({time.perf_counter() - started:.0f} s)")
@@ -97,18 +101,16 @@ def main(
 
 
 def changed(recipe: Recipe, settings: tuple[str, ...]) -> Recipe:
-    """The recipe with `part.field=value` settings in it."""
+    """The recipe with `part.field=value` settings in it, the values as TOML or plain words."""
+    table = tomllib.loads(recipe.to_toml())
     for setting in settings:
         path, _, value = setting.partition("=")
         part, _, name = path.partition(".")
-        record = getattr(recipe, part)
-        old = getattr(record, name)
-        if isinstance(old, tuple):
-            new: object = tuple(value.split("+"))
-        else:
-            new = (value == "true") if isinstance(old, bool) else type(old)(value)
-        recipe = replace(recipe, **{part: replace(record, **{name: new})})
-    return recipe
+        try:
+            table.setdefault(part, {})[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[part][name] = value
+    return read_record(Recipe, table)
 
 
 if __name__ == "__main__":
