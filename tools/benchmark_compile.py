@@ -11,6 +11,7 @@ the peak is the float32 weights themselves, which a compilation must hold at lea
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -43,12 +44,15 @@ def synthetic(folder: Path, layers: int, width: int, vocabulary: int) -> Path:
     return path
 
 
-def measure(model: Path, calibration: Path, folder: Path, bits: str) -> dict[str, Any]:
+def measure(
+    model: Path, calibration: Path, folder: Path, bits: str, options: str
+) -> dict[str, Any]:
     """The report of one compilation in a process of its own."""
     report = folder / "report.json"
     command = [
         sys.executable, "-m", "fptq_compiler", str(model), "-o", str(folder / "out.onnx"),
         "--bits", bits, "--calibration", str(calibration), "--report", str(report), "-q",
+        *shlex.split(options),
     ]
     subprocess.run(command, check=True)
     found: dict[str, Any] = json.loads(report.read_text())
@@ -85,11 +89,12 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
 @click.option(
     "--fixed", default="8,576", show_default=True, help="Layers and width of the other series."
 )
+@click.option("--options", default="", help="Further words for fptq-compile, in one string.")
 @click.option("--vocabulary", default=VOCABULARY, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
-    model: Path | None, bits: str, layers: str, widths: str, fixed: str, vocabulary: int,
-    json_path: Path | None,
+    model: Path | None, bits: str, layers: str, widths: str, fixed: str, options: str,
+    vocabulary: int, json_path: Path | None,
 ) -> None:
     """Measure one model, or the two series."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -98,7 +103,7 @@ def main(
         calibration = folder / "ids.npy"
         np.save(calibration, np.random.default_rng(0).integers(0, vocabulary, TOKENS))
         if model is not None:
-            results["one model"] = {model.name: measure(model, calibration, folder, bits)}
+            results["one model"] = {model.name: measure(model, calibration, folder, bits, options)}
         else:
             few, narrow = map(int, fixed.split(","))
             depth = {f"{n} layers": (n, narrow) for n in map(int, layers.split(","))}
@@ -110,7 +115,7 @@ def main(
                 for label, shape in series.items():
                     if shape not in seen:
                         made = synthetic(folder, *shape, vocabulary)
-                        seen[shape] = measure(made, calibration, folder, bits)
+                        seen[shape] = measure(made, calibration, folder, bits, options)
                     results[title][label] = seen[shape]
     for title, rows in results.items():
         show(title, rows)
