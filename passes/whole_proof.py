@@ -3,7 +3,8 @@
 The captured graph runs in float64 with its plain inputs and an empty cache at several lengths.
 Where it has a cache it also runs a chunk at a time through that cache, with positions and mask
 that go on: then the whole sequence at once must give the same, which shows that positions and
-mask of the stripped graph are right.
+mask of the stripped graph are right. That an input is a mask its name says; that 1 shows a token
+to it and 0 hides one is seen by changing that token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fptq_compiler.passes.plain_inputs import is_mask, is_positions
 aten = torch.ops.aten
 LENGTHS = (1, 2, 7, 11)  # tokens of the runs at once
 BOUNDS = (0, 4, 5, 6, 8, 11)  # between the chunks of the run through the cache
+HIDDEN = 1  # the token that masks hide; the one before it is there to be seen
 ROWS = 2
 ASSERTIONS = (
     aten._assert_scalar.default,
@@ -96,6 +98,8 @@ class WholeProof:
         most = min(self.longest or LENGTHS[-1], LENGTHS[-1])
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (self.rows, most), generator=generator)
+        if most > HIDDEN + 1:
+            self._check_masks(ids, vocabulary)
         for length in sorted({min(x, most) for x in LENGTHS}):
             part = ids[:, :length]
             found = _logits(program, part)
@@ -103,6 +107,26 @@ class WholeProof:
             _compare(f"{length} tokens at once", found, expected)
         if self.states:
             self._check_chunks(found, ids)
+
+    def _check_masks(self, ids: Tensor, vocabulary: int) -> None:
+        """A token moves what comes behind it, unless the masks are 0 there."""
+        masks = [n for n in self.module.graph.nodes if n.op == "placeholder" and _is_read_mask(n)]
+        if not masks:
+            return
+        other = ids.clone()
+        other[:, HIDDEN] = (other[:, HIDDEN] + 1) % vocabulary
+        first = [s.first for s in self.states]
+        for hidden in (None, HIDDEN):
+            runs = [self._step(x, 0, first, hidden)[0][:, HIDDEN + 1 :] for x in (ids, other)]
+            moved = relative_error(*runs)
+            if (moved <= TOLERANCE) == (hidden is None):
+                names = ", ".join(n.name for n in masks)
+                shown = "shows no token by 1" if hidden is None else "hides no token by 0"
+                message = (
+                    f"input {names} {shown}, expected an attention mask of 1 for tokens and 0 for "
+                    "padding; export the model with token ids alone (use_cache=False)"
+                )
+                raise UnsupportedModelError(message)
 
     def _check_chunks(self, whole: Tensor, ids: Tensor) -> None:
         carried = [s.first for s in self.states]
@@ -113,9 +137,16 @@ class WholeProof:
             _compare(what, whole[:, start:stop], expected)
 
     def _step(
-        self, ids: Tensor, start: int, carried: Sequence[Tensor]
+        self, ids: Tensor, start: int, carried: Sequence[Tensor], hidden: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits of these tokens behind `start` others, and the states after them."""
+        """Logits of these tokens behind `start` others, and the states after them.
+
+        Args:
+            ids: the tokens (B, S).
+            start: how many stand before them.
+            carried: the states that the run before has left.
+            hidden: a token that the masks hide.
+        """
         stored = {s.past: x for s, x in zip(self.states, carried, strict=True)}
         inputs = []
         for node in self.module.graph.nodes:
@@ -127,6 +158,8 @@ class WholeProof:
                 inputs.append(stored[node.name])
             else:
                 inputs.append(_plain_value(node, ids, start))
+                if hidden is not None and is_mask(node):
+                    inputs[-1][:, hidden] = 0
         try:
             logits, *states = evaluate.run(self.module, inputs, dtype=torch.float64)
         except (RuntimeError, IndexError) as error:
@@ -137,6 +170,10 @@ class WholeProof:
             )
             raise UnsupportedModelError(message) from error
         return logits, states
+
+
+def _is_read_mask(node: Node) -> bool:
+    return is_mask(node) and bool(node.users)
 
 
 def _logits(program: Program, ids: Tensor) -> Tensor:

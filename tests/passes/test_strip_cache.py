@@ -109,7 +109,10 @@ class Masked(Decoder):
         q, k, v = self.split(x)
         tokens = ids.shape[1]
         before = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        return self.finish(x, q, k, v, before & attention_mask[:, None, None, :].bool())
+        return self.finish(x, q, k, v, before & self.shown(attention_mask[:, None, None, :]))
+
+    def shown(self, attention_mask: Tensor) -> Tensor:
+        return attention_mask.bool()
 
 
 def growing(module: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Program:
@@ -122,11 +125,11 @@ def static(module: nn.Module | None = None) -> Program:
     return exported(module or Static(), (ids(1, 3), torch.arange(3)), ({1: FREE}, {0: FREE}))
 
 
-def masked() -> Program:
+def masked(module: nn.Module | None = None) -> Program:
     free = {0: FREE, 1: FREE}
     ones = torch.ones(2, 3, dtype=torch.int64)
     places = torch.arange(3).expand(2, 3).contiguous()
-    return exported(Masked(), (ids(2, 3), ones, places), (free, free, free))
+    return exported(module or Masked(), (ids(2, 3), ones, places), (free, free, free))
 
 
 def exported(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any) -> Program:
@@ -322,3 +325,25 @@ def test_what_cannot_be_taken_out(
 ) -> None:
     with pytest.raises(error, match=words):
         run(make(), StripCache())
+
+
+class Inverted(Masked):
+    """1 hides a token."""
+
+    def shown(self, attention_mask: Tensor) -> Tensor:
+        return attention_mask == 0
+
+
+class Unmasked(Masked):
+    """What is called a mask counts something, and hides nothing."""
+
+    def shown(self, attention_mask: Tensor) -> Tensor:
+        return attention_mask >= 0
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [(Inverted(), "shows no token by 1"), (Unmasked(), "hides no token by 0")]
+)
+def test_a_mask_is_one_by_what_it_does(module: nn.Module, words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"attention_mask {words}"):
+        run(masked(module), DropInputs())
