@@ -13,7 +13,9 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier, relative_error
 from fptq_compiler.passes import FIND_SITES, insertion
+from fptq_compiler.passes.carry_epsilon import CarryEpsilon
 from fptq_compiler.passes.fold_transforms import FoldTransforms
+from fptq_compiler.passes.freeze_online import FreezeOnline
 from fptq_compiler.recipe import TRANSFORMS
 from fptq_compiler.summary import applied_transforms
 from tests.real.families import VOCABULARY, Family, export_plainly, make_model
@@ -102,7 +104,8 @@ def check_transforms(name: str, program: Program, expected: torch.Tensor, ids: t
     assert applied_transforms(program) == expected_transforms(name)
     assert max(verifier.errors.values()) <= OFF_IDENTITY
     assert {"insert_value", "insert_residual", "scale_residual"} <= set(verifier.errors)
-    run_passes(program, (FoldTransforms(),), observe=observe)
+    run_passes(program, (FoldTransforms(), FreezeOnline(), CarryEpsilon()), observe=observe)
+    assert "carry_epsilon" in verifier.errors
     assert relative_error(program.run(ids), expected) <= FOLDED
 
 
