@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 
 from fptq_compiler.graph.pipeline import Pass
 from fptq_compiler.passes.canonicalize import Canonicalize
+from fptq_compiler.passes.center_norms import CenterNorms
 from fptq_compiler.passes.find_attention import FindAttention
 from fptq_compiler.passes.find_mlp import FindMlp
 from fptq_compiler.passes.find_residual import FindResidual
@@ -48,7 +49,7 @@ def insertion(
     hadamard_block: int = 0,
 ) -> tuple[Pass, ...]:
     """The passes that prepare the graph and insert the named transforms, in order."""
-    steps: list[Pass] = [UntieWeights(), FoldNorms()]
+    steps: list[Pass] = [UntieWeights(), CenterNorms(), FoldNorms()]
     if "scaling" in transforms:
         steps.append(ScaleResidual(scaling_places))
     if "value" in transforms:

@@ -12,6 +12,7 @@ kernel, SimplifiedLayerNormalization, in place of eight small ones.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -33,7 +34,7 @@ NORM = Op(MUL, (Var("stream"), Op((aten.sqrt.default,), (SQUARE,), "factor")), "
 
 
 class CarryEpsilon(Pass):
-    """Widen the stream of a scaled program by one channel; a stream that is not scaled stays."""
+    """Widen the stream of a scaled program by one channel; others, and odd ones, stay."""
 
     requires = ("folded",)
     provides = ("epsilon_carried",)
@@ -44,7 +45,7 @@ class CarryEpsilon(Pass):
         found = [match(NORM, n) for n in program.call_nodes(aten.mul.Tensor)]
         norms = [_Norm.of(m) for m in found if isinstance(m, Match)]
         site = program.sites.residual
-        if site is None or not norms:
+        if site is None or not norms or not _carries(norms):
             return PassResult(0)
         first = norms[0]
         epsilon = first.error
@@ -75,6 +76,26 @@ class _Norm:
     def of(cls, found: Match) -> _Norm:
         """Read the bindings of `NORM`."""
         return cls(found["stream"], found["error"], found["factor"], found["normalized"])
+
+
+def _carries(norms: Sequence[_Norm]) -> bool:
+    """Whether sums and products alone stand between writers, norms and readers."""
+    width = norms[0].stream.meta["val"].shape[-1]
+    readers = {r.target for n in norms for r in n.normalized.users}
+    if not readers <= {aten.linear.default, *ADD}:
+        return False
+    seen = {norms[0].stream, *(n.normalized for n in norms)}
+    frontier = [n.stream for n in norms[1:]]
+    while frontier:
+        node = frontier.pop()
+        if node in seen or node.meta.get("val") is None or node.meta["val"].shape[-1] != width:
+            continue
+        seen.add(node)
+        if node.target not in (*MUL, *ADD, aten.linear.default):
+            return False
+        if node.target is not aten.linear.default:
+            frontier.extend(node.all_input_nodes)
+    return True
 
 
 def _rewrite(norm: _Norm, stream: Node, width: int) -> None:

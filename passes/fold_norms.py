@@ -11,10 +11,12 @@ from dataclasses import replace as replace_record
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.commutes import Commutes
 from fptq_compiler.graph.edges import GainEdge, insert_edge
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import NearMiss, Program, source_line
-from fptq_compiler.passes.linears import is_linear, weight_node
+from fptq_compiler.graph.stream import readers_behind, unfolded
+from fptq_compiler.passes.linears import weight_node
 
 
 class FoldNorms(Pass):
@@ -24,18 +26,21 @@ class FoldNorms(Pass):
     provides = ("norms_folded",)
 
     def run(self, program: Program) -> PassResult:
-        """Fold what can be folded; a norm that keeps its gain is a near miss."""
+        """Fold what can be folded; a norm of the stream that keeps its gain is a near miss."""
         changed, misses = 0, []
+        commutes = Commutes(program.module)
         for norm in program.call_nodes(ops.rms_norm):
             gain = norm.args[1]
             if not isinstance(gain, Node):
                 continue
-            readers = list(norm.users)
-            stranger = next((r for r in readers if not _folds(r, norm)), None)
-            if stranger is not None:
+            readers = readers_behind(commutes, norm)
+            stranger = unfolded(commutes, norm)
+            stranger = stranger or next((r for r in readers if not _owns_weight(r)), None)
+            if stranger is not None and _on_stream(program, norm):
                 reason = f"the gain stays: {stranger.name} reads the norm and is no plain linear"
                 misses.append(NearMiss("norm", norm.name, reason, source_line(stranger)))
-                _refuse_transforms(program, norm, reason)
+                _refuse_transforms(program, reason)
+            if stranger is not None:
                 continue
             factor = program.parameter(str(gain.target))
             for reader in readers:
@@ -47,26 +52,24 @@ class FoldNorms(Pass):
         return PassResult(changed, tuple(misses))
 
 
-def _folds(reader: Node, norm: Node) -> bool:
-    """Whether `reader` is a linear on the norm whose weight no other node reads."""
-    if not is_linear(reader) or reader.args[0] is not norm:
-        return False
+def _owns_weight(reader: Node) -> bool:
+    """Whether no other node reads the weight of a linear."""
     weight = weight_node(reader)
-    if weight.op != "get_attr":
-        return False
     same = [
         n for n in reader.graph.nodes if n.op == "get_attr" and n.target == weight.target
     ]
     return sum(len(n.users) for n in same) == 1
 
 
-def _refuse_transforms(program: Program, norm: Node, reason: str) -> None:
+def _on_stream(program: Program, norm: Node) -> bool:
     site = program.sites.residual
-    if site is None or norm.name not in site.norms:
-        return
+    return site is not None and norm.name in site.norms
+
+
+def _refuse_transforms(program: Program, reason: str) -> None:
+    site = program.sites.residual
+    assert site is not None
     refused = {**site.refused, "residual": reason, "scaling": reason}
     program.sites = replace_record(
         program.sites, residual=replace_record(site, refused=refused)
     )
-
-

@@ -58,14 +58,11 @@ class InsertResidual(Pass):
             return PassResult(0)
         generator = torch.Generator().manual_seed(self.seed)
         base = random_hadamard(site.width, 1, generator)
-        ports = [Port(site.table, Side.TABLE, False)]
+        ports = [Port(table, Side.TABLE, False) for table in site.tables]
         for writer in site.writers:
             ports += out_ports(writer)
-        seen = set()
-        for reader in site.readers:
-            if reader.weight not in seen:
-                seen.add(reader.weight)
-                ports.append(Port(reader.weight, Side.IN, False))
+        ports += [Port(reader.weight, Side.IN, False) for reader in site.readers]
+        ports = list(dict.fromkeys(ports))
         insert_map(program, "residual", Rotation(site.width, base=base), ports)
         return PassResult(len(ports))
 

@@ -55,6 +55,32 @@ def linear_ref(
     )
 
 
+def head_linears(program: Program) -> set[Node]:
+    """The linears that make the model's output, behind moves and what acts on single logits."""
+    found: set[Node] = set()
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        while not is_linear(node) and node.op == "call_function":
+            sources = [x for x in node.all_input_nodes if x.op != "get_attr" and _is_float(x)]
+            if len(sources) != 1 or not _acts_on_single_values(node):
+                break
+            (node,) = sources
+        if is_linear(node):
+            found.add(node)
+    return found
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _acts_on_single_values(node: Node) -> bool:
+    return node.target in MOVES or node.target is aten.to.dtype or (
+        torch.Tag.pointwise in getattr(node.target, "tags", ())
+    )
+
+
 def forward_linear(source: Node) -> Node | None:
     """The one linear that reads `source` behind moves of values; None where there is no one."""
     current = source

@@ -18,7 +18,7 @@ from fptq_compiler.graph.edges import weight_end
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.graph.surgery import add_module, call_module
-from fptq_compiler.passes.linears import MOVES
+from fptq_compiler.passes.linears import head_linears
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
 
 aten = torch.ops.aten
@@ -86,18 +86,6 @@ class PlaceQuantizers(Pass):
             bits = max(self.activations, 8) if is_head else self.activations
             role = "head input" if is_head else "linear input"
             _place_activation(program, source, readers, bits, role, symmetric=self.symmetric)
-
-
-def head_linears(program: Program) -> set[Node]:
-    """The linears whose output is the model's output, behind moves of values at most."""
-    found: set[Node] = set()
-    (output,) = (n for n in program.graph.nodes if n.op == "output")
-    for node in output.all_input_nodes:
-        while node.target in (*MOVES, aten.to.dtype, aten.mul.Tensor, aten.div.Tensor):
-            node = node.all_input_nodes[0]
-        if node.target is aten.linear.default:
-            found.add(node)
-    return found
 
 
 def _refuse_odd_rows(table: Node, bits: int) -> None:

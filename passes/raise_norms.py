@@ -1,8 +1,9 @@
-"""Raise every spelling of RMSNorm to `fptq.rms_norm(x, gain, epsilon)`.
+"""Raise every spelling of RMSNorm to `fptq.rms_norm(x, gain, epsilon)`, and LayerNorm to aten's.
 
 Matched: `aten.rms_norm`, and x * rsqrt(mean(x^2) + epsilon) with x^2 as pow or as x * x, the
 inverse root as rsqrt, pow(-0.5), reciprocal of sqrt or a division, with the casts to float32
-that libraries put around the statistics, the gain multiplied on either side.
+that libraries put around the statistics, the gain multiplied on either side. Where x is itself
+y - mean(y), the whole is `aten.layer_norm`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ NORM = Alt(
         Op((aten.div.Tensor,), (Var("x"), ROOT)),
     )
 )
+CENTERED = Op(
+    (aten.sub.Tensor,), (Var("y"), Op((aten.mean.dim,), (Var("y"), Var("axes"), Var("keep"))))
+)
 INVERSE_ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 
 
@@ -70,6 +74,8 @@ class RaiseNorms(Pass):
         for node in list(program.graph.nodes):
             if node.target is ops.rms_norm and node.args[1] is None:
                 _take_gain(program, node)
+        for node in program.call_nodes(ops.rms_norm):
+            _take_mean(node)
         misses = [
             NearMiss("norm", n.name, _reason(n), source_line(n))
             for n in program.graph.nodes
@@ -156,6 +162,29 @@ def _take_gain(program: Program, norm: Node) -> None:
         return
     x, _, epsilon = norm.args
     replace(product, call(norm.graph, product, ops.rms_norm, (x, gain, epsilon), like=product))
+
+
+def _take_mean(norm: Node) -> None:
+    """An RMSNorm of y - mean(y) is the LayerNorm of y."""
+    x, gain, epsilon = norm.args
+    found = match(CENTERED, x)
+    rank = norm.meta["val"].dim()
+    if not isinstance(found, Match) or found["keep"] is not True:
+        return
+    if [axis % rank for axis in found["axes"]] != [rank - 1]:
+        return
+    shape = [norm.meta["val"].shape[-1]]
+    arguments = (_narrow(found["y"], norm), shape, gain, None, epsilon)
+    replace(norm, call(norm.graph, norm, aten.layer_norm.default, arguments, like=norm))
+
+
+def _narrow(y: Node, norm: Node) -> Node:
+    """What `y` was before it was widened to the type of the statistics."""
+    while y.target in CASTS and _only_widens(y):
+        source = y.args[0]
+        assert isinstance(source, Node)
+        y = source
+    return y
 
 
 def _reason(node: Node) -> str:

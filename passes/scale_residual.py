@@ -6,8 +6,8 @@
 where e_n = ε d S_n² is carried along as e_n = e_{n-1} r_n², and d is the width. Every norm
 becomes r_n and its product with the stream, which also replaces the stream in the addition. S_n
 multiplies the branch at the input of its last linear (so that the quantiser there sees the calm
-tensor), or at its output where `places` leaves that linear out. The bias of that linear is scaled
-too: the linear loses it and S_n b is added. All in float32 at least.
+tensor), or at its output where `places` leaves that linear out or something stands behind it. The
+bias of that linear is scaled too: the linear loses it and S_n b is added. All in float32 at least.
 """
 
 from __future__ import annotations
@@ -41,24 +41,30 @@ class ScaleResidual(Pass):
         if site is None or "scaling" in site.refused or program.scaled:
             return PassResult(0)
         nodes = {n.name: n for n in program.graph.nodes}
-        attention = {s.o.node for s in program.sites.attention if s.o is not None}
-        stream = nodes[site.stream[0]]
+        at_input = self._at_input(program, nodes)
+        added = {b.add: nodes[b.value] for b in site.branches}
         S: _Scale | None = None
-        for branch in site.branches:
-            norm, addition = nodes[branch.norm], nodes[branch.add]
-            normalized, S = _normalize(stream, norm, S)
-            place = "o_proj" if branch.writer.node in attention else "down_proj"
-            writer = nodes[branch.writer.node]
-            scaled = _scale_branch(writer, S.factor, at_input=place in self.places)
-            following = call(
-                program.graph, addition, aten.add.Tensor, (normalized, scaled), like=addition,
-                name=f"{branch.add}_scaled",
-            )
-            replace(addition, following)
-            stream = following
-        _normalize(stream, nodes[site.norms[-1]], S)
+        for name in site.stream:
+            node = nodes[name]
+            if S is not None and name in added:
+                _scale_branch(added[name], node, S.factor, at_input)
+            elif S is not None:
+                S = S.viewed(node)
+            norms = [n for n in map(nodes.__getitem__, site.norms) if n.args[0] is node]
+            if norms:
+                S = _normalize(node, norms, S)
         program.scaled = True
         return PassResult(len(site.norms))
+
+    def _at_input(self, program: Program, nodes: dict[str, Node]) -> dict[Node, bool]:
+        """For each linear that writes the stream, whether S_n goes to its input."""
+        site = program.sites.residual
+        assert site is not None
+        attention = {s.o.node for s in program.sites.attention if s.o is not None}
+        return {
+            nodes[w.node]: ("o_proj" if w.node in attention else "down_proj") in self.places
+            for w in site.writers
+        }
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,26 @@ class _Scale:
     factor: Node
     error: Node
 
+    def viewed(self, view: Node) -> _Scale:
+        """The same behind a view of the stream that moves tokens."""
+        sizes = view.args[1]
+        assert isinstance(sizes, (list, tuple))
+        moved = [
+            call(view.graph, view, view.target, (n, [*sizes[:-1], 1]), like=None)  # type: ignore[arg-type]
+            for n in (self.factor, self.error)
+        ]
+        return _Scale(*moved)
 
-def _normalize(stream: Node, norm: Node, previous: _Scale | None) -> tuple[Node, _Scale]:
-    """Ẑ_n in place of `norm`, and what the next one needs."""
-    graph, epsilon = norm.graph, norm.args[2]
-    width = int(norm.meta["val"].shape[-1])
+
+def _normalize(stream: Node, norms: Sequence[Node], previous: _Scale | None) -> _Scale:
+    """Ẑ_n in place of `norms` and of the stream, and what the next station needs."""
+    graph, epsilon = stream.graph, norms[0].args[2]
+    width = int(stream.meta["val"].shape[-1])
+    first = min(r for r in stream.users if r.target is not aten.sym_size.int)
     assert isinstance(epsilon, float)
 
     def emit(target: object, *args: object) -> Node:
-        return call(graph, norm, target, args, like=None)  # type: ignore[arg-type]
+        return call(graph, first, target, args, like=None)  # type: ignore[arg-type]
 
     total = emit(ops.sum_of_squares, stream)
     error = epsilon * width if previous is None else previous.error
@@ -85,30 +102,66 @@ def _normalize(stream: Node, norm: Node, previous: _Scale | None) -> tuple[Node,
     r = emit(aten.sqrt.default, square)
     factor = r if previous is None else emit(aten.mul.Tensor, previous.factor, r)
     following = emit(aten.mul.Tensor, square, error)
-    normalized = call(graph, norm, aten.mul.Tensor, (stream, r), like=norm)
-    replace(norm, normalized)
-    return normalized, _Scale(factor, following)
+    normalized = call(graph, first, aten.mul.Tensor, (stream, r), like=stream)
+    for norm in norms:
+        replace(norm, normalized)
+    for reader in list(stream.users):
+        if reader.target is not aten.sym_size.int and reader not in (total, normalized):
+            reader.replace_input_with(stream, normalized)
+    return _Scale(factor, following)
 
 
-def _scale_branch(writer: Node, S: Node, *, at_input: bool) -> Node:
-    """S_n F_n: scaled at the writer's input (its bias apart), or at its output."""
-    graph = writer.graph
-    if not at_input:
-        with graph.inserting_after(writer):
-            product = graph.call_function(aten.mul.Tensor, (writer, S))
-        product.meta = dict(writer.meta)
-        return product
+def _scale_branch(value: Node, addition: Node, S: Node, at_input: dict[Node, bool]) -> None:
+    """S_n F_n: each linear that writes is scaled at its input or output, else their sum."""
+    leaves = _leaves(value)
+    if all(leaf in at_input and leaf > S and _on_tokens(leaf, addition) for leaf in leaves):
+        for leaf in leaves:
+            if at_input[leaf]:
+                _scale_input(leaf, S)
+            else:
+                _multiply(leaf, leaf.next, list(leaf.users), S)
+    else:
+        _multiply(value, addition, [addition], S)
+
+
+def _leaves(value: Node) -> list[Node]:
+    """The terms of a sum, without the numbers that they are multiplied by."""
+    if len(value.users) == 1 and value.target is aten.add.Tensor and not value.kwargs:
+        terms = [x for x in value.args if isinstance(x, Node)]
+        return [leaf for x in terms for leaf in _leaves(x)]
+    if value.target is aten.mul.Tensor and isinstance(value.args[1], (int, float)):
+        source = value.args[0]
+        assert isinstance(source, Node)
+        return _leaves(source)
+    return [value]
+
+
+def _on_tokens(linear: Node, addition: Node) -> bool:
+    """Whether a linear with one reader reads a row for every token of the stream."""
+    source = linear.args[0]
+    assert isinstance(source, Node)
+    rows, tokens = (n.meta["val"].shape[:-1] for n in (source, addition))
+    return len(linear.users) == 1 and str(tuple(rows)) == str(tuple(tokens))
+
+
+def _scale_input(writer: Node, S: Node) -> None:
+    """(S x) W + S b: the linear without its bias on scaled inputs."""
     source, weight = writer.args[0], writer.args[1]
     bias = writer.args[2] if len(writer.args) > 2 else None
     assert isinstance(source, Node)
-    scaled = call(graph, writer, aten.mul.Tensor, (source, S), like=source)
+    scaled = call(writer.graph, writer, aten.mul.Tensor, (source, S), like=source)
     writer.args = (scaled, weight)
     if bias is None:
-        return writer
-    with graph.inserting_after(writer):
-        shift = graph.call_function(aten.mul.Tensor, (S, bias))
-    with graph.inserting_after(shift):
-        total = graph.call_function(aten.add.Tensor, (writer, shift))
-    total.meta = dict(writer.meta)
-    return total
+        return
+    readers, following = list(writer.users), writer.next
+    shift = call(writer.graph, following, aten.mul.Tensor, (S, bias), like=None)
+    total = call(writer.graph, following, aten.add.Tensor, (writer, shift), like=writer)
+    for reader in readers:
+        reader.replace_input_with(writer, total)
 
+
+def _multiply(value: Node, before: Node, readers: Sequence[Node], S: Node) -> None:
+    """`readers` read S times the value."""
+    product = call(value.graph, before, aten.mul.Tensor, (value, S), like=value)
+    for reader in readers:
+        reader.replace_input_with(value, product)

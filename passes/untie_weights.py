@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.sites import LinearRef, Sites
+from fptq_compiler.graph.sites import Sites
 from fptq_compiler.graph.surgery import get_parameter, has_attribute, set_parameter
 from fptq_compiler.passes.linears import weight_node
 
@@ -72,29 +72,8 @@ def _numbered(name: str, number: int) -> str:
 
 def _renamed(sites: Sites, node: str, weight: str) -> Sites:
     """The sites with the new weight name wherever they refer to that linear."""
-
-    def ref(old: LinearRef | None) -> LinearRef | None:
-        return replace(old, weight=weight) if old is not None and old.node == node else old
-
-    def must(old: LinearRef) -> LinearRef:
-        return replace(old, weight=weight) if old.node == node else old
-
-    residual = sites.residual
-    if residual is not None:
-        residual = replace(
-            residual,
-            head=must(residual.head),
-            readers=tuple(must(r) for r in residual.readers),
-            writers=tuple(must(w) for w in residual.writers),
-            branches=tuple(replace(b, writer=must(b.writer)) for b in residual.branches),
-            tied=residual.tied and residual.head.node != node,
-        )
-    return Sites(
-        attention=tuple(
-            replace(s, q=ref(s.q), k=ref(s.k), v=ref(s.v), o=ref(s.o)) for s in sites.attention
-        ),
-        mlp=tuple(
-            replace(s, up=ref(s.up), gate=ref(s.gate), down=must(s.down)) for s in sites.mlp
-        ),
-        residual=residual,
-    )
+    found = sites.with_linears(lambda r: replace(r, weight=weight) if r.node == node else r)
+    residual = found.residual
+    if residual is not None and residual.head.node == node:
+        return replace(found, residual=replace(residual, tied=False))
+    return found

@@ -18,6 +18,10 @@ from fptq_compiler.graph import ops
 from fptq_compiler.graph.evaluate import Environment, bind_inputs, run_node
 from fptq_compiler.graph.program import Program
 
+aten = torch.ops.aten
+SOURCES = (aten.embedding.default, aten.linear.default, aten.conv2d.default)
+SUMS = (aten.add.Tensor,)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -28,35 +32,53 @@ class Block:
 
 
 def outline(program: Program) -> list[Block]:
-    """Cut the graph in front of the first norm of every attention, and behind the last block.
+    """Cut the graph where one value alone goes on: in front of attentions, behind the last block.
 
-    A model without a residual site is one block.
+    A model without such places is one block.
     """
     nodes = [n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     cores = [i for i, n in enumerate(nodes) if n.target is ops.attention]
-    site = program.sites.residual
-    if not cores or site is None:
+    narrow = _narrow_places(nodes)
+    cuts = [max((i for i in narrow if i <= core), default=0) for core in cores]
+    ends = [i for i in narrow if cores and i > cores[-1] and nodes[i - 1].target in SUMS]
+    bounds = list(dict.fromkeys([*cuts, *ends[-1:]]))
+    if not ends or 0 in cuts:
         return [Block("model", tuple(nodes))]
-    names = {n.name: i for i, n in enumerate(nodes)}
-    stream = [names[s] for s in _stream_names(site.stream, names)]
-    cuts: list[int] = []
-    for core in cores:
-        before = [i for i in stream if i < core]
-        if before and before[-1] + 1 not in cuts:
-            cuts.append(before[-1] + 1)
-    cuts.append(stream[-1] + 1)
-    bounds = [0, *cuts, len(nodes)]
-    labels = ["embedding", *(f"blocks.{i}" for i in range(len(cuts) - 1)), "head"]
+    labels = ["embedding", *(f"blocks.{i}" for i in range(len(bounds) - 1)), "head"]
     return [
         Block(label, tuple(nodes[start:stop]))
-        for label, start, stop in zip(labels, bounds, bounds[1:], strict=False)
+        for label, start, stop in zip(labels, [0, *bounds], [*bounds, len(nodes)], strict=True)
     ]
 
 
-def _stream_names(stream: Sequence[str], names: dict[str, int]) -> list[str]:
-    """The stream's nodes under the names they have after S_n's rewrite."""
-    renamed = [s if s in names else f"{s}_scaled" for s in stream]
-    return [s for s in renamed if s in names]
+def _narrow_places(nodes: Sequence[Node]) -> list[int]:
+    """Where a cut parts one value only: the first node behind it, once for each such value.
+
+    What depends on sizes alone (positions, masks, tables of angles) does not count, nor do
+    values of one channel (the factors of S_n), which are small.
+    """
+    last = {x: i for i, n in enumerate(nodes) for x in n.all_input_nodes}
+    computed: set[Node] = set()
+    alive: set[Node] = set()
+    narrow: list[int] = []
+    alone: set[Node] = set()
+    for index, node in enumerate(nodes):
+        if len(alive) == 1 and alive != alone:
+            alone = set(alive)
+            narrow.append(index)
+        if node.target in SOURCES or not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
+            if not _is_small(node):
+                alive.add(node)
+        alive = {x for x in alive if last.get(x, 0) > index}
+    return narrow
+
+
+def _is_small(node: Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)):
+        return False
+    return not isinstance(value, Tensor) or value.dim() == 0 or value.shape[-1] == 1
 
 
 Step = Callable[[Node, Environment], Any]

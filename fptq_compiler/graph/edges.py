@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import add_module, call_module, set_parameter
-from fptq_compiler.transforms import Map, Port
+from fptq_compiler.transforms import Map, Port, Side
 from fptq_compiler.transforms import port as ports_module
 from fptq_compiler.transforms.dense import shared_evaluation
 
@@ -28,6 +28,11 @@ class WeightEdge(nn.Module):
         self.transform = transform
         self.port = port
 
+    @property
+    def side(self) -> Side:
+        """Which side of the parameter changes."""
+        return self.port.side
+
     def forward(self, weight: Tensor) -> Tensor:
         """The transformed weight."""
         return ports_module.apply(self.transform, self.port, weight)
@@ -35,6 +40,8 @@ class WeightEdge(nn.Module):
 
 class GainEdge(nn.Module):
     """Takes in a norm's gain: W' = W diag(gain), for W (out, in) and gain (in,)."""
+
+    side = Side.IN
 
     def __init__(self, gain: Tensor) -> None:
         super().__init__()
@@ -46,7 +53,36 @@ class GainEdge(nn.Module):
         return weight * gain.to(weight.dtype)
 
 
-Edge = WeightEdge | GainEdge
+class ShiftEdge(nn.Module):
+    """Takes in a norm's bias β: b' = b + W β, for a linear's bias b (out,) and its W β."""
+
+    side = Side.OUT
+
+    def __init__(self, shift: Tensor) -> None:
+        """Take W β, float64."""
+        super().__init__()
+        self.register_buffer("shift", shift.detach())
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The bias of the linear that reads the norm without its own."""
+        return bias + self.get_buffer("shift").to(bias.dtype)
+
+
+class CenterEdge(nn.Module):
+    """Takes out the mean over the channels, for a parameter that writes the residual stream."""
+
+    def __init__(self, side: Side) -> None:
+        """Take where the channels stand: OUT of (out, in) or (out,), or TABLE (…, d)."""
+        super().__init__()
+        self.side = side
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The parameter that writes values of mean zero."""
+        axis = 0 if self.side is Side.OUT else -1
+        return weight - weight.mean(axis, keepdim=True)
+
+
+Edge = WeightEdge | GainEdge | ShiftEdge | CenterEdge
 
 
 class OnlineEdge(nn.Module):

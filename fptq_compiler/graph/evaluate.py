@@ -45,7 +45,7 @@ def run_node(
     """The value of one node; its inputs are in `environment` or are parameters."""
 
     def load(argument: Node) -> Any:
-        if argument.op == "get_attr":
+        if argument.op == "get_attr" and argument not in environment:
             found = attribute(module, str(argument.target))
             if dtype is not None and isinstance(found, fx.GraphModule):
                 return _subgraph(found, dtype)
@@ -58,8 +58,11 @@ def run_node(
         args = fx.node.map_aggregate(args, lambda x: _in_precision(x, dtype))
         kwargs = fx.node.map_aggregate(kwargs, lambda x: _in_precision(x, dtype))
     if node.op == "call_function":
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        is_view = node.target is torch.ops.aten.view.default
+        # In another run, on other values, strides may be others.
+        target = torch.ops.aten.reshape.default if is_view else node.target
+        assert callable(target)
+        return target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "call_module":
@@ -186,9 +189,13 @@ class Region:
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """The shape that `node` has at this region's sizes."""
+        return self.sizes(node.meta["val"].shape)
+
+    def sizes(self, shape: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
+        """A recorded shape at this region's sizes."""
         return tuple(
             int(size.node.expr.subs(self._symbols)) if isinstance(size, torch.SymInt) else size
-            for size in node.meta["val"].shape
+            for size in shape
         )
 
     def value(self, target: Node, bound: Mapping[Node, Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """Patterns over FX graphs: frozen values, and failures that say what was missing where.
 
     Op(targets, *arguments)   a call of one of `targets` whose leading arguments match
-    Var(name)                 anything; the same name twice must be the same value
+    Var(name)                 anything; the same name twice must be the same value or computation
     Alt(*patterns)            the first that matches
     Maybe(targets, pattern)   zero or more single-input calls of `targets` around the pattern
     Commutes(targets, a, b)   a binary call in either order
@@ -132,11 +132,23 @@ def _match(pattern: Pattern, value: Any, so_far: Match, depth: int) -> Match | N
 
 def _match_var(name: str, value: Any, so_far: Match, depth: int) -> Match | NoMatch:
     if name in so_far.bindings:
-        if so_far.bindings[name] is value or so_far.bindings[name] == value:
+        if same_value(so_far.bindings[name], value):
             return so_far
         node = value if isinstance(value, Node) else None
         return NoMatch(f"{value} is not the {name} that stands elsewhere", node, depth)
     return so_far.bind(name, value)
+
+
+def same_value(first: Any, second: Any) -> bool:
+    """Whether two arguments are one value: equal, or the same calls on the same values."""
+    if first is second or not (isinstance(first, Node) and isinstance(second, Node)):
+        return bool(first is second or first == second)
+    alike = first.op == second.op and first.target == second.target
+    if not alike or first.op not in ("get_attr", "call_function"):
+        return False
+    if len(first.args) != len(second.args) or first.kwargs != second.kwargs:
+        return False
+    return all(same_value(a, b) for a, b in zip(first.args, second.args, strict=True))
 
 
 def _match_op(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -88,33 +89,39 @@ class MlpSite:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: the norm that reads the stream and the linear that writes back."""
+    """One addition to the residual stream behind a norm.
+
+    Attributes:
+        stream: the value of the stream that was normalised last.
+        norms: the norms that read it.
+        value: what is added.
+        add: the addition.
+    """
 
     stream: str
-    norm: str
-    writer: LinearRef
+    norms: tuple[str, ...]
+    value: str
     add: str
 
 
 @dataclass(frozen=True)
 class ResidualSite:
-    """The residual stream from the embedding to the head.
+    """The residual stream from the embeddings to the head.
 
     Attributes:
-        table: checkpoint name of the embedding.
-        embedding: the embedding node.
+        tables: checkpoint names of what begins the stream: embeddings, learned positions.
         stream: every node that carries the residual, in order.
         norms: every norm that reads it, the final one last.
-        readers: the linears behind those norms, the head last.
+        readers: the linears that read it, behind norms or not, the head last.
         writers: the linears that add to it.
-        branches: norm and writer of each addition, in order.
+        branches: every addition behind the first norm, in order.
         head: the linear that makes the logits.
-        tied: whether the head shares the embedding's parameter.
+        tied: whether the head shares an embedding's parameter.
+        refused: T_r ("residual") and S_n ("scaling") where they do not hold, and why.
     """
 
     width: int
-    table: str
-    embedding: str
+    tables: tuple[str, ...]
     stream: tuple[str, ...]
     norms: tuple[str, ...]
     readers: tuple[LinearRef, ...]
@@ -132,3 +139,29 @@ class Sites:
     attention: tuple[AttentionSite, ...] = ()
     mlp: tuple[MlpSite, ...] = ()
     residual: ResidualSite | None = None
+
+    def with_linears(self, change: Callable[[LinearRef], LinearRef]) -> Sites:
+        """The same sites with every record of a linear changed."""
+
+        def maybe(ref: LinearRef | None) -> LinearRef | None:
+            return None if ref is None else change(ref)
+
+        residual = self.residual
+        if residual is not None:
+            residual = replace(
+                residual,
+                head=change(residual.head),
+                readers=tuple(change(r) for r in residual.readers),
+                writers=tuple(change(w) for w in residual.writers),
+            )
+        return Sites(
+            attention=tuple(
+                replace(s, q=maybe(s.q), k=maybe(s.k), v=maybe(s.v), o=maybe(s.o))
+                for s in self.attention
+            ),
+            mlp=tuple(
+                replace(s, up=maybe(s.up), gate=maybe(s.gate), down=change(s.down))
+                for s in self.mlp
+            ),
+            residual=residual,
+        )

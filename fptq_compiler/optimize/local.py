@@ -131,7 +131,7 @@ def _residual_vectors(
         port = mine[0].port
         out = port.side is Side.OUT
         if port.side is Side.TABLE or (not others and weight.shape[0] > 8 * VECTORS):
-            found.append(weight[_drawn(weight.shape[0], generator)])
+            found.append(_apply(others, weight[_drawn(weight.shape[0], generator)]))
             continue
         value = _apply(others, weight)
         value = value.t()[:, port.start : port.stop] if out else value
@@ -230,20 +230,16 @@ def _split(edges: Sequence[Edge], trained: set[nn.Module]) -> tuple[list[Edge], 
     moving: list[Edge] = []
     for edge in edges:
         mine = isinstance(edge, WeightEdge) and edge.transform in trained
-        if mine or any(_side(edge) is _side(m) for m in moving):
+        if mine or any(edge.side is m.side for m in moving):
             moving.append(edge)
         else:
             constant.append(edge)
     return constant, moving
 
 
-def _side(edge: Edge) -> Side:
-    return edge.port.side if isinstance(edge, WeightEdge) else Side.IN
-
-
 def _sampled(weight: Tensor, edges: Sequence[Edge], generator: torch.Generator) -> Tensor:
     """Up to VECTORS vectors along the axis that the edges act on, if they agree on one."""
-    sides = {_side(e) for e in edges}
+    sides = {e.side for e in edges}
     if len(sides) != 1:
         return weight
     free = 1 if sides == {Side.OUT} else 0

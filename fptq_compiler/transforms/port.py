@@ -19,7 +19,7 @@ class Side(StrEnum):
     IN = "in"
     """The inputs of a linear layer: the columns of its weight."""
     TABLE = "table"
-    """The channels of an embedding table: the columns of (vocabulary, d)."""
+    """The last axis of a table: an embedding's (vocabulary, d), or what is added (…, d)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def apply(map: Map, port: Port, weight: Tensor) -> Tensor:
     Args:
         map: T.
         port: where it goes; its name is not looked at, only quoted.
-        weight: (out, in) or a bias (out,) for OUT, (out, in) for IN, (vocabulary, d) for TABLE.
+        weight: (out, in) or a bias (out,) for OUT, (out, in) for IN, (…, d) for TABLE.
 
     Returns:
         A contiguous tensor of the same shape and dtype.
@@ -67,11 +67,11 @@ def apply(map: Map, port: Port, weight: Tensor) -> Tensor:
     Raises:
         ValueError: the rank or the channel range does not fit the side or the map.
     """
-    ranks = (1, 2) if port.side is Side.OUT else (2,)
+    ranks = {Side.OUT: (1, 2), Side.IN: (2,), Side.TABLE: (1, 2, 3)}[port.side]
     if weight.ndim not in ranks:
         message = f"{port.parameter}: side {port.side} takes rank {ranks}, got {weight.ndim}"
         raise ValueError(message)
-    axis = 0 if port.side is Side.OUT else 1
+    axis = 0 if port.side is Side.OUT else weight.ndim - 1
     length = weight.shape[axis]
     stop = length if port.stop is None else port.stop
     if not 0 <= port.start < stop <= length:

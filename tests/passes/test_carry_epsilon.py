@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx import Node
 
+from fptq_compiler.graph.surgery import call
 from fptq_compiler.passes.carry_epsilon import CarryEpsilon
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.fold_transforms import FoldTransforms
@@ -27,8 +29,8 @@ getitem_1 = getitem(unit_rms_default, 1)
 BRANCHES = """
 linear_3 = linear(flatten, %model.layers.0.self_attn.o_proj.weight)
 mul_tensor_3 = mul(linear_3, getitem_1)
-add_2_scaled = add(getitem, mul_tensor_3)
-unit_rms_default_1 = fptq.unit_rms(add_2_scaled)
+add_2 = add(getitem, mul_tensor_3)
+unit_rms_default_1 = fptq.unit_rms(add_2)
 getitem_2 = getitem(unit_rms_default_1, 0)
 getitem_3 = getitem(unit_rms_default_1, 1)
 mul_tensor_5 = mul(getitem_1, getitem_3)
@@ -77,7 +79,9 @@ def test_numbers_where_the_embedding_is_small() -> None:
 def test_widths_are_recorded() -> None:
     """What later passes read of a value's shape is what it has."""
     program = with_sites(ToyConfig(output_bias=True), *SCALED, CarryEpsilon())
-    streams = [n for n in program.graph.nodes if n.name.endswith("_scaled")]
+    site = program.sites.residual
+    assert site is not None
+    streams = [program.node(name) for name in site.stream[1:]]
     assert len(streams) == 4
     for node in streams:
         values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
@@ -90,6 +94,18 @@ def test_near_miss() -> None:
     before = pick(program, "rms_norm_default", "rms_norm_default_1")
     assert run(program, CarryEpsilon()).changed == 0
     assert pick(program, "rms_norm_default", "rms_norm_default_1") == before
+
+
+def test_near_miss_a_product_of_channels_behind_a_norm() -> None:
+    """What reads a norm and is no linear would see the new channel."""
+    program = with_sites(ONE, *SCALED)
+    reader = program.node("linear_4")
+    source = reader.args[0]
+    assert isinstance(source, Node)
+    halves = call(program.graph, reader, torch.ops.aten.view.default, (source, [-1, 2, 12]),
+                  like=source)
+    call(program.graph, reader, torch.ops.aten.add.Tensor, (halves, halves), like=source)
+    assert run(program, CarryEpsilon()).changed == 0
 
 
 def test_twice() -> None:

@@ -37,15 +37,15 @@ mul_tensor_2 = mul(embedding, sqrt_default)
 BRANCH_AND_SECOND_NORM = """
 mul_tensor_3 = mul(flatten, sqrt_default)
 linear_3 = linear(mul_tensor_3, %model.layers.0.self_attn.o_proj.weight)
-add_2_scaled = add(mul_tensor_2, linear_3)
-sum_of_squares_default_1 = fptq.sum_of_squares(add_2_scaled)
+add_2 = add(mul_tensor_2, linear_3)
+sum_of_squares_default_1 = fptq.sum_of_squares(add_2)
 add_tensor_1 = add(sum_of_squares_default_1, mul_tensor_1)
 reciprocal_default_1 = reciprocal(add_tensor_1)
 mul_tensor_4 = mul(reciprocal_default_1, 24.0)
 sqrt_default_1 = sqrt(mul_tensor_4)
 mul_tensor_5 = mul(sqrt_default, sqrt_default_1)
 mul_tensor_6 = mul(mul_tensor_4, mul_tensor_1)
-mul_tensor_7 = mul(add_2_scaled, sqrt_default_1)
+mul_tensor_7 = mul(add_2, sqrt_default_1)
 """
 
 
@@ -63,25 +63,25 @@ BIASED = """
 linear_3 = linear(mul_tensor_3, %model.layers.0.self_attn.o_proj.weight)
 mul_tensor_4 = mul(sqrt_default, %model.layers.0.self_attn.o_proj.bias)
 add_tensor_1 = add(linear_3, mul_tensor_4)
-add_2_scaled = add(mul_tensor_2, add_tensor_1)
+add_2 = add(mul_tensor_2, add_tensor_1)
 """
 
 
 def test_a_bias_is_scaled_too() -> None:
     program = with_sites(ToyConfig(layers=1, output_bias=True), *READY, ScaleResidual())
-    assert span(program, "linear_3", "add_2_scaled") == BIASED
+    assert span(program, "linear_3", "add_2") == BIASED
 
 
 AT_THE_OUTPUT = """
 linear_3 = linear(flatten, %model.layers.0.self_attn.o_proj.weight)
 mul_tensor_3 = mul(linear_3, sqrt_default)
-add_2_scaled = add(mul_tensor_2, mul_tensor_3)
+add_2 = add(mul_tensor_2, mul_tensor_3)
 """
 
 
 def test_a_place_that_is_left_out_is_scaled_behind_its_linear() -> None:
     program = with_sites(ONE, *READY, ScaleResidual(("down_proj",)))
-    assert span(program, "linear_3", "add_2_scaled") == AT_THE_OUTPUT
+    assert span(program, "linear_3", "add_2") == AT_THE_OUTPUT
 
 
 @pytest.mark.parametrize("places", [("down_proj", "o_proj"), ("down_proj",), ("o_proj",), ()])

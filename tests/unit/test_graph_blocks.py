@@ -11,7 +11,6 @@ from fptq_compiler.graph.blocks import BlockRunner, outline
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.sites import Sites
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.passes import FIND_SITES, insertion
 from tests.toys import ToyConfig, export_toy, make_tokens
@@ -48,8 +47,8 @@ def test_outline_cuts_the_graph_into_its_blocks(program: Program) -> None:
     assert "lm_head.weight" in weights[-1]
 
 
-def test_without_a_stream_the_model_is_one_block(program: Program) -> None:
-    program.sites = Sites()
+def test_without_known_attention_the_model_is_one_block(exported: Any) -> None:
+    program = unlift(exported)
     (block,) = outline(program)
     assert block.name == "model"
     assert list(block.nodes) == _nodes(program)

@@ -1,0 +1,118 @@
+"""Ask one node whether it commutes with a map of the channels, by running it on random values.
+
+A node's readers see what they saw before if its inputs are mapped and its output is mapped back.
+Additions, products with a number, moves of tokens and norms without gain commute with every
+orthogonal map; moves of tokens alone commute with a gain and a bias. No list of operators can
+say so of all spellings, and one run of the node at a small size does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fptq_compiler.graph.evaluate import Region, attribute, run_node
+from fptq_compiler.graph.probe import EXACT
+
+ChannelMap = Callable[[Tensor], Tensor]
+
+
+class Answer(Enum):
+    """What mapping some inputs does to a node's output."""
+
+    MAPPED = auto()
+    SAME = auto()
+    OTHER = auto()
+
+
+def reflection(width: int) -> ChannelMap:
+    """An orthogonal map of the last axis that leaves no channel alone: x - 2 (x · v) v."""
+    generator = torch.Generator().manual_seed(11)
+    v = torch.randn(width, generator=generator, dtype=torch.float64)
+    v /= v.norm()
+    return lambda x: x - 2 * (x @ v).unsqueeze(-1) * v
+
+
+def gain_and_bias(width: int) -> ChannelMap:
+    """A gain and a bias for each channel of the last axis."""
+    generator = torch.Generator().manual_seed(12)
+    gain = torch.rand(width, generator=generator, dtype=torch.float64) + 0.5
+    bias = torch.randn(width, generator=generator, dtype=torch.float64)
+    return lambda x: x * gain + bias
+
+
+class Commutes:
+    """Answers for the nodes of one graph, at one small size."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        self._module = module
+        self._region = Region(module, 2, 5)
+
+    def width(self, node: Node) -> int | None:
+        """The size of the last axis of a floating-point tensor; None for anything else."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+            return None
+        return self._region.shape(node)[-1]
+
+    def ask(self, node: Node, mapped: Collection[Node], change: ChannelMap) -> Answer:
+        """What `change` of the inputs `mapped` does to the output of `node`.
+
+        Other inputs keep their values: parameters as they are, floating-point values random,
+        integers that depend on the model's inputs zero.
+        """
+        generator = torch.Generator().manual_seed(13)
+        plain = {
+            x: self._value(x, generator)
+            for x in node.all_input_nodes if x.op != "get_attr" or x in mapped
+        }
+        changed = {x: change(v) if x in mapped else v for x, v in plain.items()}
+        try:
+            before, after = (
+                run_node(self._module, node, values, torch.float64) for values in (plain, changed)
+            )
+        except (RuntimeError, IndexError, TypeError):
+            return Answer.OTHER
+        answers = {
+            _compare(b, a, change) for b, a in zip(_tensors(before), _tensors(after), strict=True)
+        }
+        return answers.pop() if len(answers) == 1 else Answer.OTHER
+
+    def _value(self, node: Node, generator: torch.Generator) -> Any:
+        if node.op == "get_attr":
+            return attribute(self._module, str(node.target)).double()
+        value = node.meta.get("val")
+        if isinstance(value, (list, tuple)):
+            return [self._random(node, v, generator) for v in value]
+        if isinstance(value, Tensor):
+            return self._random(node, value, generator)
+        return self._region.value(node, {})
+
+    def _random(self, node: Node, value: Tensor, generator: torch.Generator) -> Tensor:
+        shape = self._region.sizes(value.shape)
+        if value.is_floating_point():
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.zeros(shape, dtype=value.dtype)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _compare(before: Tensor, after: Tensor, change: ChannelMap) -> Answer:
+    if not before.is_floating_point() or before.dim() == 0:
+        return Answer.SAME if torch.equal(before, after) else Answer.OTHER
+    limit = EXACT * float(before.abs().max().clamp_min(1e-30))
+    if float((after - before).abs().max()) <= limit:
+        return Answer.SAME
+    try:
+        expected = change(before)
+    except RuntimeError:  # another number of channels
+        return Answer.OTHER
+    return Answer.MAPPED if float((after - expected).abs().max()) <= limit * 10 else Answer.OTHER
