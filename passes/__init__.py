@@ -14,6 +14,7 @@ from fptq_compiler.passes.center_norms import CenterNorms
 from fptq_compiler.passes.find_attention import FindAttention
 from fptq_compiler.passes.find_mlp import FindMlp
 from fptq_compiler.passes.find_residual import FindResidual
+from fptq_compiler.passes.find_routers import FindRouters
 from fptq_compiler.passes.fold_constants import FoldConstants
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.insert_transforms import (
@@ -24,6 +25,7 @@ from fptq_compiler.passes.insert_transforms import (
     InsertValue,
 )
 from fptq_compiler.passes.raise_attention import RaiseAttention
+from fptq_compiler.passes.raise_experts import RaiseExperts
 from fptq_compiler.passes.raise_norms import RaiseNorms
 from fptq_compiler.passes.scale_residual import ScaleResidual
 from fptq_compiler.passes.untie_weights import UntieWeights
@@ -32,11 +34,13 @@ from fptq_compiler.passes.widen import Widen
 FIND_SITES: tuple[Pass, ...] = (
     Widen(),
     Canonicalize(),
+    RaiseExperts(),
     FoldConstants(),
     RaiseNorms(),
     RaiseAttention(),
     FindAttention(),
     FindMlp(),
+    FindRouters(),
     FindResidual(),
 )
 

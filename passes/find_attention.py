@@ -14,7 +14,12 @@ from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal, between, outside_reader
 from fptq_compiler.graph.program import NearMiss, Program, source_line
 from fptq_compiler.graph.sites import AttentionSite, LinearRef, RopeLayout
-from fptq_compiler.passes.linears import forward_linear, is_linear, linear_ref, site_name
+from fptq_compiler.passes.linears import (
+    forward_linear,
+    linear_ref,
+    nearest_linears,
+    site_name,
+)
 
 Refuse = Callable[[str, str, Node], None]
 
@@ -52,7 +57,7 @@ class _Operand:
 
 def _trace(program: Program, probe: Probe, operand: Node) -> _Operand | Refusal:
     """The linear that makes `operand`, and which of its channels each head holds."""
-    linears = _projections(operand)
+    linears = nearest_linears(operand)
     if len(linears) != 1:
         return Refusal(f"{len(linears)} linear layers feed the operand, expected one", operand)
     projection = linears[0]
@@ -75,22 +80,6 @@ def _trace(program: Program, probe: Probe, operand: Node) -> _Operand | Refusal:
     if ref is None:
         return Refusal("the projection's weight is not a parameter", projection)
     return _Operand(operand, projection, ref, index, factor, region)
-
-
-def _projections(operand: Node) -> list[Node]:
-    """The linears reached backwards from `operand` without passing another."""
-    found: list[Node] = []
-    stack, seen = [operand], set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if is_linear(node):
-            found.append(node)
-        else:
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _site(program: Program, probe: Probe, core: Node) -> tuple[AttentionSite, list[NearMiss]]:

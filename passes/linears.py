@@ -55,6 +55,22 @@ def linear_ref(
     )
 
 
+def nearest_linears(node: Node) -> list[Node]:
+    """The linears reached backwards from `node` without passing another."""
+    found: list[Node] = []
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if is_linear(current):
+            found.append(current)
+        else:
+            stack.extend(current.all_input_nodes)
+    return found
+
+
 def head_linears(program: Program) -> set[Node]:
     """The linears that make the model's output, behind moves and what acts on single logits."""
     found: set[Node] = set()

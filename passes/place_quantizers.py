@@ -1,10 +1,10 @@
 """Put quantisers where the settings W-A-KV ask for them; their ranges come later.
 
-Weights: every linear layer per output channel or block, the head with its own bits, the
-embedding per row. Activations: the input of every linear (one quantiser where several read the
-same tensor), the head's with 8 bits at least. KV: the keys after RoPE and the values, in front
-of attention, on a symmetric grid where they are stored in a cache; there a scale may be that of
-one channel of one head. A target may demand symmetric grids throughout.
+Weights: every linear layer per output channel or block, the head with its own bits, the embedding
+per row. Activations: the input of every linear (one quantiser where several read the same tensor),
+the head's with 8 bits at least. Linears that choose experts stay in float. KV: the keys after RoPE
+and the values, in front of attention, on a symmetric grid where they are stored in a cache; there
+a scale may be that of one channel of one head. A target may demand symmetric grids throughout.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class PlaceQuantizers(Pass):
         if "quantizers_placed" in program.facts:
             return PassResult(0)
         heads = head_linears(program)
-        linears = program.call_nodes(aten.linear.default)
+        routers = {router.node for router in program.sites.routers}
+        linears = [n for n in program.call_nodes(aten.linear.default) if n.name not in routers]
+        if routers:
+            program.decisions.append(f"{len(routers)} routers of experts stay in float")
         for node in linears:
             is_head = node in heads
             bits = self.head_bits if is_head else self.weights

@@ -139,6 +139,7 @@ class Sites:
     attention: tuple[AttentionSite, ...] = ()
     mlp: tuple[MlpSite, ...] = ()
     residual: ResidualSite | None = None
+    routers: tuple[LinearRef, ...] = ()
 
     def with_linears(self, change: Callable[[LinearRef], LinearRef]) -> Sites:
         """The same sites with every record of a linear changed."""
@@ -164,4 +165,5 @@ class Sites:
                 for s in self.mlp
             ),
             residual=residual,
+            routers=tuple(change(r) for r in self.routers),
         )

@@ -30,6 +30,14 @@ def call(
     return node
 
 
+def record(node: Node) -> Node:
+    """Note what a new call gives, from what is noted of its inputs, none of them parameters."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    node.meta["val"] = node.target(*args, **kwargs)
+    return node
+
+
 def call_module(
     graph: fx.Graph, before: Node, path: str, args: Sequence[Any], *, like: Node
 ) -> Node:

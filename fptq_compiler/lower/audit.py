@@ -24,12 +24,14 @@ def audit(
     """One row for each kind of tensor and type.
 
     With quantised weights a matmul that still multiplies by a float weight is not what was
-    asked for, whatever the reason: its row says so. The head alone may be asked for in float.
+    asked for, whatever the reason: its row says so. The head may be asked for in float, and the
+    routers of experts stay so.
     """
     float_weights = _float_matmul_weights(model) if weight_bits < FLOAT_BITS else set()
     residual = program.sites.residual
     if head_bits == FLOAT_BITS and residual is not None:
         float_weights.discard(residual.head.weight)
+    float_weights -= {router.weight for router in program.sites.routers}
     wanted = {
         f"{q.parameter}_codes": (NAMES[q.role], f"INT{q.bits}") for q in program.weight_quantizers
     }

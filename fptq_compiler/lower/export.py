@@ -24,6 +24,7 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
     Raises:
         LoweringError: torch.export or torch.onnx refuses the graph; the cause is quoted.
     """
+    _free_strides(program)
     plain = evaluate.default_inputs(program.module, 2, 7, EXAMPLE_PAST)
     example = list(plain.values())
     shapes = tuple(
@@ -55,6 +56,12 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
     _drop_traces(found.model)
     _name_dimensions(program, found.model)
     return found.model
+
+
+def _free_strides(program: Program) -> None:
+    """Views were legal on the strides of the capture; rewritten, values may lie otherwise."""
+    for node in program.call_nodes(torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _name_dimensions(program: Program, model: ir.Model) -> None:
