@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from fptq_compiler.graph.pipeline import Pass
 from fptq_compiler.passes.canonicalize import Canonicalize
 from fptq_compiler.passes.center_norms import CenterNorms
+from fptq_compiler.passes.expand_einsum import ExpandEinsum
 from fptq_compiler.passes.find_attention import FindAttention
 from fptq_compiler.passes.find_mlp import FindMlp
 from fptq_compiler.passes.find_residual import FindResidual
@@ -26,6 +27,7 @@ from fptq_compiler.passes.insert_transforms import (
 )
 from fptq_compiler.passes.raise_attention import RaiseAttention
 from fptq_compiler.passes.raise_experts import RaiseExperts
+from fptq_compiler.passes.raise_linears import RaiseLinears
 from fptq_compiler.passes.raise_norms import RaiseNorms
 from fptq_compiler.passes.scale_residual import ScaleResidual
 from fptq_compiler.passes.untie_weights import UntieWeights
@@ -35,6 +37,8 @@ FIND_SITES: tuple[Pass, ...] = (
     Widen(),
     Canonicalize(),
     RaiseExperts(),
+    ExpandEinsum(),
+    RaiseLinears(),
     FoldConstants(),
     RaiseNorms(),
     RaiseAttention(),

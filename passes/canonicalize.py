@@ -1,12 +1,14 @@
 """Bring an exported graph to one plain spelling: no wrappers, no casts to the same type.
 
 What goes: grad-mode and autocast wrappers (inlined), metadata assertions, dropout in
-evaluation, copies, slices that take everything. torch.export leaves all of these between the
-operators that patterns look for; torch.onnx drops them too, but later than we match.
+evaluation, copies, slices and expansions that change no shape, the statistics of a LayerNorm.
+torch.export leaves all of these between the operators that patterns look for; torch.onnx drops
+them too, but later than we match.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import attribute
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program, source_line
-from fptq_compiler.graph.surgery import replace
+from fptq_compiler.graph.shaped import same_shape
+from fptq_compiler.graph.surgery import call, replace
 
 aten = torch.ops.aten
 CASTS = (
@@ -46,9 +49,12 @@ class Canonicalize(Pass):
     def run(self, program: Program) -> PassResult:
         """Rewrite the whole graph; see the module docstring."""
         changed = inline_wrappers(program)
+        copied = any(node.target in COPIES for node in program.graph.nodes)
         for node in list(program.graph.nodes):
             if node.op == "call_function" and _drop(node):
                 changed += 1
+        if copied:
+            _free_views(program)
         _refuse_mutation(program)
         _refuse_dropout(program)
         return PassResult(changed)
@@ -110,6 +116,12 @@ def _drop(node: Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return False
+    if _is_normalized(node, source):
+        norm = call(
+            node.graph, node, aten.layer_norm.default, source.args, like=node
+        )
+        replace(node, norm)
+        return True
     if node.target is aten._unsafe_view.default:
         node.target = aten.view.default
         return False
@@ -118,10 +130,26 @@ def _drop(node: Node) -> bool:
         or (node.target is aten.dropout.default and not node.args[2])
         or (node.target in CASTS and _same_type(source, node))
         or (node.target is aten.slice.Tensor and _takes_all(node))
+        or (node.target is aten.expand.default and same_shape(source, node))
     )
     if dead:
         replace(node, source)
     return dead
+
+
+def _free_views(program: Program) -> None:
+    """Views of what is no longer copied may have to copy: they become reshapes."""
+    for node in program.call_nodes(aten.view.default):
+        node.target = aten.reshape.default
+
+
+def _is_normalized(node: Node, source: Node) -> bool:
+    """The first result of a LayerNorm that gives its statistics too."""
+    return bool(
+        source.target is aten.native_layer_norm.default
+        and node.target is operator.getitem
+        and node.args[1] == 0
+    )
 
 
 def _same_type(source: Node, node: Node) -> bool:

@@ -17,6 +17,7 @@ MOVES = (
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
+    aten.unflatten.int,
     aten.slice.Tensor,
     aten.unsqueeze.default,
     aten.squeeze.dim,

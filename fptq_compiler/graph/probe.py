@@ -121,6 +121,11 @@ class Probe:
         expected = values.transpose(1, 2).flatten(2)
         return found.shape == expected.shape and bool(torch.equal(found, expected))
 
+    def equals(self, source: Node, target: Node) -> bool:
+        """Whether `target` holds the values of `source`, in the same shape and places."""
+        values = _random(self.region.shape(source), 8)
+        return bool(torch.equal(self.region.value(target, {source: values}), values))
+
     def repeats_heads(self, source: Node, target: Node) -> bool:
         """Whether `target` (B, H, T, D) repeats each head of `source` (B, H_kv, T, D)."""
         values = _random(self.region.shape(source), 5)

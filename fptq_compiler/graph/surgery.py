@@ -11,6 +11,8 @@ from torch.fx import Node
 
 from fptq_compiler.graph.evaluate import attribute
 
+aten = torch.ops.aten
+
 
 def call(
     graph: fx.Graph,
@@ -54,6 +56,17 @@ def replace(old: Node, new: Any) -> None:
     if isinstance(new, Node):
         old.replace_all_uses_with(new)
     graph.erase_node(old)
+
+
+def read_instead(old: Node, new: Node) -> None:
+    """Every reader of `old` reads `new`, which may lie in memory in another order.
+
+    A view of such a value may have to copy: it becomes a reshape.
+    """
+    for reader in old.users:
+        if reader.target is aten.view.default:
+            reader.target = aten.reshape.default
+    old.replace_all_uses_with(new)
 
 
 def add_module(module: nn.Module, path: str, child: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from functools import cache
@@ -69,6 +70,13 @@ def exported_module(module: nn.Module, example: Tensor, *steps: Pass) -> Program
     sizes = {0: Dim("batch"), 1: Dim("sequence", max=MAX_POSITIONS)}
     exported = torch.export.export(module, (example,), dynamic_shapes=(sizes,), strict=False)
     return _through(exported, steps)
+
+
+def decomposed(exported: ExportedProgram) -> ExportedProgram:
+    """Return the program in torch's core operators, as `run_decompositions()` leaves it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, as it copies its own trees
+        return exported.run_decompositions()
 
 
 def _through(exported: ExportedProgram, steps: tuple[Pass, ...]) -> Program:
