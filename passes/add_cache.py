@@ -27,10 +27,10 @@ from fptq_compiler.graph.probe import Probe, Refusal
 from fptq_compiler.graph.program import InputSpec, Program, source_line
 from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
+from fptq_compiler.passes.attention_core import SOFTMAX
 from fptq_compiler.passes.cache_proof import Proof
 from fptq_compiler.passes.linears import MOVES
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS
-from fptq_compiler.passes.raise_attention import SOFTMAX
 
 aten = torch.ops.aten
 MASK = "attention_mask"

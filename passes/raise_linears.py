@@ -223,7 +223,8 @@ def _take_bias(program: Program, region: Region, node: Node) -> int:
     for y, bias in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
         if not isinstance(bias, Node) or bias.op != "get_attr" or node.kwargs:
             continue
-        assert isinstance(y, Node)
+        if not isinstance(y, Node) or y.op == "get_attr":
+            continue
         linear = _only_linear(y)
         if linear is None or not same_shape(node, y):
             continue

@@ -8,6 +8,7 @@ see these and not the dozen spellings that stand in exported models.
     unit_rms        x (..., d)                                     -> (..., d), (..., 1)
     rms_norm        x (..., d), gain (d,) or None                 -> (..., d)
     attention       q (B, H, S, D), k v (B, H_kv, T, D), mask      -> (B, H, S, D)
+                    (causal; window 0: all keys before; softcap 0: scores are not capped)
     fake_quantize   x any shape, scalar scale and zero-point       -> x's shape
                     (role: "linear input", "head input", "key" or "value", for the target)
     linear          x (..., K), integer codes (K, N), scale        -> (..., N)
@@ -51,21 +52,37 @@ def _unit_rms(x: Tensor) -> tuple[Tensor, Tensor]:
     return (statistics * inverse).to(x.dtype), inverse.to(x.dtype)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(S, T) booleans, True where query s may see key t; the last query sees every key."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def causal_mask(queries: int, keys: int, device: torch.device, window: int = 0) -> Tensor:
+    """(S, T) booleans, True where query s may see key t.
+
+    The last query sees the last key. With a window a query sees that many keys at most: itself
+    and those right before it.
+    """
+    past = keys - queries
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(past)
+    return seen.triu(past - window + 1) if window else seen
+
+
+def soft_cap(scores: Tensor, cap: float) -> Tensor:
+    """Cap * tanh(scores / cap), which stays below the cap; 0 caps nothing."""
+    return cap * torch.tanh(scores / cap) if cap else scores
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    softcap: float = 0.0, window: int = 0,
 ) -> Tensor:
-    """The reference of `fptq.attention`: scores and sums in the dtype of q, softmax in float32."""
+    """The reference of `fptq.attention`: scores and sums in the dtype of q, softmax in float32.
+
+    Scores are capped before anything is hidden. The window belongs to `causal`.
+    """
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, width)
     scores = torch.matmul(grouped * scale, k.unsqueeze(2).transpose(-1, -2))
+    scores = soft_cap(scores, softcap)
     if causal:
-        hidden = causal_mask(queries, keys, q.device).logical_not()
+        hidden = causal_mask(queries, keys, q.device, window).logical_not()
         scores = scores.masked_fill(hidden, float("-inf"))
     if mask is not None:
         grouped_mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
@@ -147,7 +164,8 @@ rms_norm = _define(
 )
 attention = _define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+    "float softcap=0.0, int window=0) -> Tensor",
     attention_reference,
 )
 fake_quantize = _define(

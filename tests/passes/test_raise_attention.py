@@ -92,6 +92,14 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.matmul(q, k.transpose(2, 3))
 
 
+def _future(q: Tensor) -> Tensor:
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+
+
+def _per_head(q: Tensor) -> Tensor:
+    return torch.arange(1.0, q.shape[1] + 1)[:, None, None]
+
+
 @pytest.mark.parametrize(
     ("attend", "reason"),
     [
@@ -101,20 +109,37 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
         ),
         (
             lambda q, k, v: torch.matmul((_scores(q, k) * q.mean()).softmax(-1), v),
-            "the scores are scaled by a tensor, expected a literal",
+            "the scores are scaled by an activation, expected a number",
         ),
         (
             lambda q, k, v: torch.matmul(
-                _scores(q, k).masked_fill(_scores(q, k) > 3.0, -1.0).softmax(-1), v
+                _scores(q, k).masked_fill(_future(q), -1.0).softmax(-1), v
             ),
             "masked scores are set to -1.0, expected minus infinity",
         ),
         (
-            lambda q, k, v: torch.matmul(_scores(q, k).tanh().softmax(-1), v),
-            "expected aten.add, found aten.tanh",
+            lambda q, k, v: torch.matmul(_scores(q, k).relu().softmax(-1), v),
+            "between scores and softmax expected aten.add or aten.mul or aten.tanh or "
+            "aten.where.self, found aten.relu",
+        ),
+        (
+            lambda q, k, v: torch.matmul(
+                _scores(q, k).masked_fill(_scores(q, k) > 3.0, -1e9).softmax(-1), v
+            ),
+            "masked_fill (aten.masked_fill.Scalar) reads the scores in two ways",
+        ),
+        (
+            lambda q, k, v: torch.matmul((_scores(q, k) * _per_head(q)).softmax(-1), v),
+            "the scores are scaled by (4, 1, 1) numbers, expected one",
+        ),
+        (
+            lambda q, k, v: torch.matmul(
+                (_scores(q, k) / 5.0).tanh().mul(5.0).mul(2.0).softmax(-1), v
+            ),
+            "mul_6 scales scores that are capped already",
         ),
     ],
-    ids=["axis", "scale", "fill", "softcap"],
+    ids=["axis", "scale", "fill", "relu", "own value", "per head", "behind the cap"],
 )
 def test_near_miss(attend: Attend, reason: str) -> None:
     result = run(edited(ONE, _attending(attend), Canonicalize()), RaiseAttention())
@@ -139,7 +164,7 @@ def test_near_miss_tiled_heads_are_no_groups() -> None:
     )
 
 
-def test_near_miss_a_mask_that_hides_more_than_the_future_stays() -> None:
+def test_a_mask_with_a_window_is_a_flag() -> None:
     """A window of three: at a sequence of two it looks causal."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,11 +174,37 @@ def test_near_miss_a_mask_that_hides_more_than_the_future_stays() -> None:
     program = edited(ONE, _attending(attend), Canonicalize())
     assert change(program, RaiseAttention()) < EXACT
     (core,) = program.call_nodes(ops.attention)
-    assert pick(program, "triu", core.name) == (
-        "\ntriu = triu(tril, -2)\n"
-        "attention_default = fptq.attention(add, add_1, transpose_2, triu, False, "
-        "0.35355339059327373)\n"
+    assert pick(program, core.name) == (
+        "\nattention_default = fptq.attention(add, add_1, transpose_2, None, True, "
+        "0.35355339059327373, 0.0, 3)\n"
     )
+
+
+def test_soft_capping_stands_before_the_mask() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.tanh(_scores(q, k) * 0.25 / 3.0) * 3.0
+        return torch.matmul(scores.masked_fill(_future(q), float("-inf")).softmax(-1), v)
+
+    program = edited(ONE, _attending(attend), Canonicalize())
+    assert change(program, RaiseAttention()) < EXACT
+    (core,) = program.call_nodes(ops.attention)
+    assert core.args[3:] == (None, True, 0.25, 3.0, 0)
+
+
+def test_near_miss_a_mask_that_hides_more_than_the_future_stays() -> None:
+    """Every third key: neither the future nor a window."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = torch.arange(q.shape[2])
+        seen = (keys[None, :] <= keys[:, None]) & ((keys[:, None] - keys[None, :]) % 3 == 0)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    program = edited(ONE, _attending(attend), Canonicalize())
+    assert change(program, RaiseAttention()) < EXACT
+    (core,) = program.call_nodes(ops.attention)
+    mask, causal = core.args[3:5]
+    assert str(mask) == "and_1"
+    assert causal is False
 
 
 def test_twice() -> None:
