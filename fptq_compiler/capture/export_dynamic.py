@@ -20,7 +20,8 @@ _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8, torch
 
 
 def export_dynamic(
-    module: torch.nn.Module, example_inputs: Sequence[Any], *, origin: str
+    module: torch.nn.Module, example_inputs: Sequence[Any], *, origin: str,
+    longest: int | None = None,
 ) -> torch.export.ExportedProgram:
     """Export in evaluation mode without gradients; weights stay where they are.
 
@@ -32,6 +33,7 @@ def export_dynamic(
         module: any module whose positional inputs are tensors.
         example_inputs: one example per positional input, ids of shape [B, S].
         origin: name of the model, for messages.
+        longest: a bound on the sequence, in tokens; None without one.
 
     Raises:
         CaptureError: the module has no such input, cannot be traced, or fixes a dimension.
@@ -46,7 +48,7 @@ def export_dynamic(
         )
         raise CaptureError(message)
     shapes = tuple(
-        {0: Dim.AUTO, 1: Dim.AUTO} if index in dynamic else _static(example)
+        {0: Dim.AUTO, 1: Dim.AUTO(max=longest)} if index in dynamic else _static(example)
         for index, example in enumerate(examples)
     )
     try:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from fptq_compiler.capture.dynamic_rope import original_angles
 from fptq_compiler.capture.export_dynamic import evaluating, export_dynamic
 from fptq_compiler.errors import CaptureError
 
@@ -141,10 +142,10 @@ def export_causal_lm(
         count = _EXAMPLE_SHAPE[0] * _EXAMPLE_SHAPE[1]
         vocabulary = int(model.config.get_text_config().vocab_size)
         example_ids = (torch.arange(count) % vocabulary).reshape(_EXAMPLE_SHAPE)
-    with evaluating(model):
+    with evaluating(model), original_angles(model) as longest:
         explicit_mask = _takes_explicit_mask(model, example_ids)
         wrapper = _CausalLogits(model, explicit_mask=explicit_mask)
-        return export_dynamic(wrapper, (example_ids,), origin=origin)
+        return export_dynamic(wrapper, (example_ids,), origin=origin, longest=longest)
 
 
 def generation_start(config: Any) -> int | None:
