@@ -15,15 +15,24 @@ from torch.export import ExportedProgram
 from fptq_compiler.calibration import calibration_ids
 from fptq_compiler.capture import capture, load_example_inputs
 from fptq_compiler.capture.source import Captured
+from fptq_compiler.explain import (
+    explain_misses,
+    explain_quantizers,
+    explain_sites,
+    prepare,
+    source_lines,
+)
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
+from fptq_compiler.inspection import ExportCost, Inspection
 from fptq_compiler.lower import lower
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
-from fptq_compiler.report import Report
+from fptq_compiler.report import Report, StageRow, collect_versions
 from fptq_compiler.runtime.session_file import SessionFile
+from fptq_compiler.stage_clock import StageClock
 from fptq_compiler.stages import (
     cache,
     needs_calibration,
@@ -34,6 +43,7 @@ from fptq_compiler.stages import (
     vocabulary_of,
 )
 from fptq_compiler.summary import site_rows
+from fptq_compiler.unrecognised import unrecognised
 from fptq_compiler.work import WorkFolder
 
 
@@ -160,7 +170,7 @@ def _compile(
         )
         language = replace(language, context_length=length)
     gc.collect()
-    report.sites = site_rows(program, possible=False)
+    report.sites = site_rows(program)
     report.near_misses = [str(m) for m in program.near_misses]
     report.decisions = program.decisions + report.decisions
     probe = _probe(ids, vocabulary, recipe)
@@ -182,26 +192,43 @@ def _probe(ids: Tensor | None, vocabulary: int, recipe: Recipe) -> Tensor:
 
 
 def _parameter_bytes(program: Program) -> int:
-    unique = {p.data_ptr(): p.numel() * p.element_size() for p in program.module.parameters()}
-    return sum(unique.values())
+    return sum(p.numel() * p.element_size() for p in _unique_parameters(program))
+
+
+def _unique_parameters(program: Program) -> list[Tensor]:
+    """The parameters, each memory once: tied ones share theirs."""
+    return list({p.data_ptr(): p for p in program.module.parameters()}.values())
 
 
 def inspect_file(
     model: Path, *, trust_pickle: bool = False, example_inputs: Path | None = None
-) -> Report:
-    """Find the sites of a model and what they allow, without compiling it."""
-    report = Report(origin=model.name)
+) -> Inspection:
+    """Find the sites of a model and what they allow, without compiling it.
+
+    Raises:
+        FptqError: the model cannot be read, or has no site at all.
+    """
+    rows: list[StageRow] = []
     examples = load_example_inputs(example_inputs) if example_inputs else None
-    with report.stage("capture"):
+    with StageClock("capture", rows):
         captured = capture(model, trust_pickle=trust_pickle, example_inputs=examples)
     program = take_in(captured.program)
-    report.size_before = _parameter_bytes(program)
-    with report.stage("find sites"):
-        run_passes(program, FIND_SITES)
+    nodes = sum(node.op == "call_function" for node in program.graph.nodes)
+    numbers = sum(p.numel() for p in _unique_parameters(program))
+    cost = ExportCost(rows[0].seconds, nodes, numbers, _parameter_bytes(program))
+    run_passes(program, FIND_SITES)
     refuse_without_sites(program)
-    report.sites = site_rows(program, possible=True)
-    report.near_misses = [str(m) for m in program.near_misses]
-    return report
+    unknown, sources = unrecognised(program), source_lines(program)
+    prepare(program, Recipe())
+    return Inspection(
+        model=model.name,
+        export=cost,
+        sites=explain_sites(program, sources),
+        near_misses=explain_misses(program),
+        unrecognised=tuple(unknown),
+        quantizers=explain_quantizers(program),
+        versions=collect_versions(),
+    )
 
 
 def original_logits(

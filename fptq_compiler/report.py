@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from fptq_compiler.errors import LoweringError
+from fptq_compiler.inspection import Unrecognised
 from fptq_compiler.stage_clock import StageClock
 
 __all__ = [
@@ -112,6 +113,7 @@ class Report:
         versions: package to version.
         sites: what was found and done, one row a site, in the order of the graph.
         near_misses: what nearly was a site, one line each: node, reason, source line.
+        unrecognised: the parts that no pass understood, and what that means.
         stages: in the order in which they ended.
         curves: loss by step, for each optimisation.
         preserved: relative error of the logits in float64 after each pass that preserves them.
@@ -130,6 +132,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=collect_versions)
     sites: list[SiteRow] = field(default_factory=list)
     near_misses: list[str] = field(default_factory=list)
+    unrecognised: list[Unrecognised] = field(default_factory=list)
     stages: list[StageRow] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     preserved: dict[str, float] = field(default_factory=dict)

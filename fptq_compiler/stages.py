@@ -36,6 +36,7 @@ from fptq_compiler.recipe import Recipe
 from fptq_compiler.recipe_parts import LONGEST_CACHE
 from fptq_compiler.report import Report
 from fptq_compiler.summary import applied_transforms
+from fptq_compiler.unrecognised import refuse_unrecognised, unrecognised
 from fptq_compiler.work import WorkFolder
 
 
@@ -95,6 +96,9 @@ def transform(
             verifier = Verifier(program, vocabulary_of(program), recipe.seed, tokens=tokens)
         _run(program, FIND_SITES, verifier, dump_dir)
         refuse_without_sites(program)
+        report.unrecognised = unrecognised(program)
+        demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
+        refuse_unrecognised(demanded, report.unrecognised)
     with report.stage("insert transforms"):
         steps = insertion(
             recipe.transforms.candidates,
@@ -134,19 +138,8 @@ def quantize(
         progress: listens.
         dump_dir: an existing folder for the graph after each pass.
     """
-    place = PlaceQuantizers(
-        weights=recipe.bits.weights,
-        activations=recipe.bits.activations,
-        cache=recipe.bits.cache,
-        block=recipe.weights.block,
-        embedding_bits=recipe.embedding_bits,
-        head_bits=recipe.head_bits,
-        stored_cache=recipe.cache.enabled,
-        channel_scales=recipe.channel_scales,
-        symmetric=target_of(recipe.target).symmetric_activations,
-    )
     with report.stage("quantise"):
-        _run(program, (place,), None, dump_dir)
+        _run(program, (quantizer_placement(recipe),), None, dump_dir)
         report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
         steps: list[Pass] = []
         if ids is not None:
@@ -168,6 +161,21 @@ def quantize(
         if float_type != "float32":
             steps.append(RoundScales(getattr(torch, float_type)))
         _run(program, tuple(steps), None, dump_dir)
+
+
+def quantizer_placement(recipe: Recipe) -> PlaceQuantizers:
+    """The pass that places the quantisers of a recipe."""
+    return PlaceQuantizers(
+        weights=recipe.bits.weights,
+        activations=recipe.bits.activations,
+        cache=recipe.bits.cache,
+        block=recipe.weights.block,
+        embedding_bits=recipe.embedding_bits,
+        head_bits=recipe.head_bits,
+        stored_cache=recipe.cache.enabled,
+        channel_scales=recipe.channel_scales,
+        symmetric=target_of(recipe.target).symmetric_activations,
+    )
 
 
 def cache(

@@ -26,8 +26,8 @@ def applied_transforms(program: Program) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def site_rows(program: Program, *, possible: bool) -> list[SiteRow]:
-    """One row a site: with `possible`, the transforms that could be applied, else that were."""
+def site_rows(program: Program) -> list[SiteRow]:
+    """One row a site, with the transforms that were applied and why not the others."""
     rows = []
     residual = program.sites.residual
     if residual is not None:
@@ -35,16 +35,14 @@ def site_rows(program: Program, *, possible: bool) -> list[SiteRow]:
             f"width {residual.width}, {len(residual.norms)} norms, "
             f"{'tied' if residual.tied else 'untied'} head"
         )
-        rows.append(_row(program, "residual", "residual", shape, residual.refused, possible))
+        rows.append(_row(program, "residual", "residual", shape, residual.refused))
     for attention in program.sites.attention:
         shape = _attention_shape(attention)
-        rows.append(
-            _row(program, attention.name, "attention", shape, attention.refused, possible)
-        )
+        rows.append(_row(program, attention.name, "attention", shape, attention.refused))
     for mlp in program.sites.mlp:
         gated = f"gated by {mlp.activation}" if mlp.gate is not None else mlp.activation
         shape = f"width {mlp.width}, {gated}"
-        rows.append(_row(program, mlp.name, "mlp", shape, mlp.refused, possible))
+        rows.append(_row(program, mlp.name, "mlp", shape, mlp.refused))
     return rows
 
 
@@ -66,13 +64,12 @@ def _row(
     kind: str,
     shape: str,
     refused: Mapping[str, str],
-    possible: bool,
 ) -> SiteRow:
     applied, missing = [], {}
     for transform in KINDS[kind]:
         if transform in refused:
             missing[transform] = refused[transform]
-        elif possible or _has(program, transform, name):
+        elif _has(program, transform, name):
             applied.append(transform)
         else:
             missing[transform] = "not asked for"

@@ -204,6 +204,7 @@ def command(
     check_device(device)
 
     from fptq_compiler import driver
+    from fptq_compiler.cli.inspect_text import print_unrecognised, stderr_console
     from fptq_compiler.cli.tables import print_summary, stdout_console
 
     options = driver.Options(
@@ -221,6 +222,8 @@ def command(
     with listening(settings.verbosity) as progress:
         result = driver.compile_file(model, output, options, progress)
     if settings.verbosity >= 0:
+        if result.unrecognised:
+            print_unrecognised(stderr_console(), result.unrecognised)
         print_summary(stdout_console(), result, str(output), every=verbose)
 
 

@@ -40,23 +40,24 @@ def command(
 ) -> None:
     """Print what is found in MODEL.
 
-    A table of sites: names, shapes, heads, the layout of RoPE, norms, which transforms are
-    possible and why others are not; then near misses: what was almost recognised, with the
-    node and the source line where it differs.
+    For each site what was recognised, which transforms apply, and for each that does not the
+    reason, with the node and the line of the model's own code. Then the parts that were not
+    recognised, and what that means for the file.
     """
     settings.set(verbose, False)
 
     from fptq_compiler import driver
-    from fptq_compiler.cli.tables import print_sites, stdout_console
+    from fptq_compiler.cli.inspect_text import print_inspection
+    from fptq_compiler.cli.tables import stdout_console
 
     with listening(settings.verbosity):
-        report = driver.inspect_file(
+        found = driver.inspect_file(
             model, trust_pickle=trust_pickle, example_inputs=example_inputs
         )
     if as_json:
-        click.echo(report.to_json())
+        click.echo(found.to_json())
     else:
-        print_sites(stdout_console(), report, heading="possible", every=verbose)
+        print_inspection(stdout_console(), found, every=verbose)
 
 
 def main() -> None:

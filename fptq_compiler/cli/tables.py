@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fptq_compiler.cli.collapse import collapse
 from fptq_compiler.report import AuditRow, Report, SiteRow, StageRow
 
 _WIDE = 110
 """Columns where the output is no terminal and so has no width of its own."""
-
-
-@dataclass
-class _Group:
-    """Sites that differ by nothing but the number of their block."""
-
-    row: SiteRow
-    prefix: str
-    suffix: str
-    numbers: list[int] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The sites' common name, with the numbers that occur."""
-        if not self.numbers:
-            return self.row.name
-        return f"{self.prefix} {number_ranges(self.numbers)} {self.suffix}".rstrip()
 
 
 def stdout_console() -> Console:
@@ -41,53 +23,25 @@ def stdout_console() -> Console:
     return console
 
 
-def number_ranges(numbers: Iterable[int]) -> str:
-    """Writes numbers with runs drawn together: 0, 1, 2, 5 is `0-2,5`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def collapse(rows: Sequence[SiteRow]) -> list[tuple[str, SiteRow]]:
-    """Draws sites of repeated blocks together.
-
-    Returns:
-        (name, row) pairs: `blocks.0.attention` to `blocks.29.attention`, where they are alike
-        in all else, become `blocks 0-29 attention` with the first one's row.
-    """
-    groups: dict[object, _Group] = {}
-    for row in rows:
-        found = re.fullmatch(r"(.*?)\.(\d+)(?:\.(.*))?", row.name)
-        prefix, suffix = (found[1], found[3] or "") if found else (row.name, "")
-        refusals = tuple(sorted(row.not_applied.items()))
-        key = (prefix, suffix, bool(found), row.kind, row.shape, row.transforms, refusals)
-        group = groups.setdefault(key, _Group(row, prefix, suffix))
-        if found:
-            group.numbers.append(int(found[2]))
-    return [(group.name, group.row) for group in groups.values()]
-
-
-def sites_table(
-    rows: Sequence[SiteRow], *, heading: str = "transforms", every: bool = False
-) -> Table:
+def sites_table(rows: Sequence[SiteRow], *, every: bool = False) -> Table:
     """Makes the table of sites.
 
     Args:
         rows: the report's.
-        heading: of the column of transforms.
         every: a line for each site instead of one for all blocks alike.
     """
     table = Table(title="Sites", title_justify="left")
-    for name in ("site", "kind", "shape", heading, "not applied"):
+    for name in ("site", "kind", "shape", "transforms", "not applied"):
         table.add_column(name, overflow="fold")
-    for name, row in [(row.name, row) for row in rows] if every else collapse(rows):
+    groups = [(g.name, g.row) for g in collapse(rows, _alike)]
+    for name, row in [(row.name, row) for row in rows] if every else groups:
         refused = "\n".join(f"{key}: {reason}" for key, reason in row.not_applied.items())
         table.add_row(name, row.kind, row.shape, ", ".join(row.transforms) or "none", refused)
     return table
+
+
+def _alike(row: SiteRow) -> Hashable:
+    return row.kind, row.shape, row.transforms, tuple(sorted(row.not_applied.items()))
 
 
 def stages_table(rows: Sequence[StageRow]) -> Table:
@@ -126,9 +80,9 @@ def near_miss_lines(report: Report) -> list[str]:
     return [f"{miss} (×{count})" if count > 1 else miss for miss, count in counts.items()]
 
 
-def print_sites(console: Console, report: Report, *, heading: str, every: bool) -> None:
+def print_sites(console: Console, report: Report, *, every: bool) -> None:
     """Prints the sites and what nearly was one."""
-    console.print(sites_table(report.sites, heading=heading, every=every))
+    console.print(sites_table(report.sites, every=every))
     misses = near_miss_lines(report)
     if misses:
         console.print("Near misses:")
@@ -138,7 +92,7 @@ def print_sites(console: Console, report: Report, *, heading: str, every: bool) 
 
 def print_summary(console: Console, report: Report, written: str, *, every: bool) -> None:
     """Prints the end of a compilation: sites, decisions, stages, audit, parity and sizes."""
-    print_sites(console, report, heading="transforms", every=every)
+    print_sites(console, report, every=every)
     if report.decisions:
         console.print("Decisions:")
         for decision in report.decisions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.sites import Sites
+from fptq_compiler.source_line import model_frame
 from fptq_compiler.transforms import Map
 
 
@@ -157,8 +157,4 @@ class Program:
 
 def source_line(node: Node) -> str:
     """The innermost line of the user's model code that made the node, or an empty string."""
-    trace = node.meta.get("stack_trace") or ""
-    lines: Sequence[str] = [x.strip() for x in trace.splitlines()]
-    files = [x for x in lines if x.startswith("File ")]
-    return files[-1] if files else ""
-
+    return model_frame(node.meta.get("stack_trace") or "")

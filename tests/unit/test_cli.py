@@ -27,6 +27,7 @@ from fptq_compiler.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from fptq_compiler.inspection import ExportCost, Inspection
 from fptq_compiler.report import AuditRow, Report, SiteRow, StageRow
 
 COMMANDS = (compile_cli.command, inspect_cli.command, evaluate_cli.command)
@@ -70,10 +71,10 @@ class StubDriver(ModuleType):
         progress.done()
         return example_report()
 
-    def inspect_file(self, model: Path, **flags: object) -> Report:
+    def inspect_file(self, model: Path, **flags: object) -> Inspection:
         self.calls.append((model, flags))
         self.action()
-        return example_report()
+        return Inspection(model.name, ExportCost(1.25, 812, 1_000_000, 4_000_000), ())
 
     def original_logits(self, model: Path, *, trust_pickle: bool) -> object:
         self.calls.append((model, trust_pickle))
@@ -283,9 +284,9 @@ def test_inspect_prints_tables_or_json(
     driver: StubDriver, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(inspect_cli.command, [str(model)]) == 0
-    assert "blocks 0-2 mlp" in capsys.readouterr().out
+    assert "capturing it took 1.2 s and gave 812 nodes" in capsys.readouterr().out
     assert run(inspect_cli.command, [str(model), "--json", "--trust-pickle"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["sites"]) == 3
+    assert json.loads(capsys.readouterr().out)["export"]["parameters"] == 1_000_000
     assert driver.calls[1][1] == {"trust_pickle": True, "example_inputs": None}
 
 

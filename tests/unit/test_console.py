@@ -4,20 +4,19 @@ import logging
 
 import pytest
 
+from fptq_compiler.cli.collapse import collapse, number_ranges, without_numbers
 from fptq_compiler.cli.console import BarProgress, LineProgress, listening
 from fptq_compiler.cli.entry import Settings
-from fptq_compiler.cli.tables import (
-    collapse,
-    number_ranges,
-    print_sites,
-    sites_table,
-    stdout_console,
-)
+from fptq_compiler.cli.tables import print_sites, sites_table, stdout_console
 from fptq_compiler.report import Report, SiteRow
 
 
 def test_number_ranges() -> None:
     assert number_ranges([5, 0, 1, 2, 7, 8, 2]) == "0-2,5,7-8"
+
+
+def test_nodes_differ_by_their_number_only() -> None:
+    assert without_numbers("add_7 reads int8 of mul_19, 2 more") == "add reads int8 of mul, 2 more"
 
 
 def test_only_sites_alike_are_drawn_together() -> None:
@@ -29,7 +28,7 @@ def test_only_sites_alike_are_drawn_together() -> None:
         SiteRow("blocks.1.mlp", "mlp", "width 8"),
         SiteRow("blocks.2", "mlp", "width 8"),
     ]
-    assert [name for name, _ in collapse(rows)] == [
+    assert [group.name for group in collapse(rows, lambda row: row.shape)] == [
         "residual",
         "blocks 0-1 attention",
         "blocks 0 mlp",
@@ -40,7 +39,7 @@ def test_only_sites_alike_are_drawn_together() -> None:
 
 def test_every_site_has_its_line_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("toy", sites=[SiteRow(f"blocks.{n}", "mlp", "[8, 16]") for n in (0, 1, 2)])
-    print_sites(stdout_console(), report, heading="possible", every=True)
+    print_sites(stdout_console(), report, every=True)
     shown = capsys.readouterr().out
     assert "blocks.2" in shown
     assert "[8, 16]" in shown

@@ -13,16 +13,21 @@ PACKAGE = Path(fptq_compiler.__file__).parent
 
 RECORDS = {
     "progress", "recipe", "recipe_parts", "closed_config", "report", "stage_clock", "memory",
+    "inspection",
 }
 """Plain modules that need no torch: what a stage is asked for, what it says it did and costs."""
+
+SOURCE = "source_line"
+"""Reads stack traces; needs the standard library only."""
 
 MATHEMATICS = {"errors", "transforms", "quant"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    **{record: {"errors", *RECORDS} for record in RECORDS},
+    SOURCE: set(),
+    **{record: {"errors", SOURCE, *RECORDS} for record in RECORDS},
     "transforms": {"errors"},
     "quant": {"errors"},
-    "graph": MATHEMATICS,
+    "graph": MATHEMATICS | {SOURCE},
     "passes": MATHEMATICS | {"graph"},
     "optimize": MATHEMATICS | {"graph"} | RECORDS,
     "lower": MATHEMATICS | {"graph", "runtime"} | RECORDS,  # runtime for its session file
