@@ -131,7 +131,7 @@ def _refusal(miss: NearMiss | None, reason: str, node: str) -> Verdict:
 def _node(site: Site | None) -> str:
     match site:
         case ResidualSite():
-            return site.embedding
+            return site.stream[0]
         case AttentionSite():
             return site.core
         case MlpSite():
@@ -187,7 +187,7 @@ def _quantizers(program: Program, site: Site | None) -> tuple[str, ...]:
     refs = [r for r in _refs(site) if r is not None]
     weights, readers = {r.weight for r in refs}, {r.node for r in refs}
     if isinstance(site, ResidualSite):
-        weights.add(site.table)
+        weights.update(site.tables)
     if isinstance(site, AttentionSite):
         readers.add(site.core)
     names = [q.parameter for q in program.weight_quantizers if q.parameter in weights]
