@@ -130,7 +130,7 @@ def _known_linears(program: Program) -> set[str]:
     sites = program.sites
     refs = [site.o for site in sites.attention]
     refs += [r for m in sites.mlp for r in (m.up, m.gate, m.down)]
-    known = {r.node for r in refs if r is not None}
+    known = {r.node for r in (*refs, *sites.routers) if r is not None}
     for core in program.call_nodes(ops.attention):
         operands = [x for x in core.args[:3] if isinstance(x, Node)]
         known |= {n.name for n in _nearest_linears(operands)}
