@@ -30,6 +30,7 @@ from fptq_compiler.passes.raise_experts import RaiseExperts
 from fptq_compiler.passes.raise_linears import RaiseLinears
 from fptq_compiler.passes.raise_norms import RaiseNorms
 from fptq_compiler.passes.scale_residual import ScaleResidual
+from fptq_compiler.passes.unpack_heads import UnpackHeads
 from fptq_compiler.passes.untie_weights import UntieWeights
 from fptq_compiler.passes.widen import Widen
 
@@ -42,6 +43,7 @@ FIND_SITES: tuple[Pass, ...] = (
     FoldConstants(),
     RaiseNorms(),
     RaiseAttention(),
+    UnpackHeads(),
     FindAttention(),
     FindMlp(),
     FindRouters(),

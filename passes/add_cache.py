@@ -122,7 +122,7 @@ class _Plan:
 
 def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _Plan:
     """Read one attention; nothing is changed yet."""
-    q, k, v, mask, causal, _ = core.args
+    q, k, v, mask, causal = core.args[:5]
     assert isinstance(q, Node)
     assert isinstance(k, Node)
     assert isinstance(v, Node)
@@ -226,7 +226,7 @@ def _rewrite(
     scales = _scales(program, plan, layer)
     arguments = (
         plan.q.source, plan.k.source, plan.v.source, *past, mask, positions, *table, interleaved,
-        plan.q.heads, kv_heads, plan.scale, bits, *scales,
+        plan.q.heads, kv_heads, plan.scale, bits, *scales, *core.args[6:],
     )
     cached = call(graph, core, cache_ops.cached_attention, arguments, like=None)
     merged, *present = [call(graph, core, operator.getitem, (cached, i), like=None)

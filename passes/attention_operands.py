@@ -98,7 +98,7 @@ def common_repeat(probe: Probe, operands: tuple[Node, Node]) -> int:
     values = []
     for operand in operands:
         bound = {}
-        for index, linear in enumerate(_linears(operand)):
+        for index, linear in enumerate(linears(operand)):
             generator = torch.Generator().manual_seed(index)
             size = probe.region.shape(linear)
             bound[linear] = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -115,7 +115,8 @@ def _is_repeated(x: Tensor, repeat: int) -> bool:
     return bool(torch.equal(groups, groups[:, :, :1].expand_as(groups)))
 
 
-def _linears(operand: Node) -> list[Node]:
+def linears(operand: Node) -> list[Node]:
+    """The linear layers that an operand comes from."""
     stop = [n for n in ancestors(operand) if n.target is LINEAR]
     reached = {x for n in ancestors(operand, stop) for x in n.all_input_nodes}
     return [n for n in stop if n in reached]

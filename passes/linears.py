@@ -56,6 +56,14 @@ def linear_ref(
     )
 
 
+def parameter_readers(program: Program, parameter: Node) -> int:
+    """How many nodes read the parameter of a `get_attr` node, through this node or another."""
+    return sum(
+        len(n.users)
+        for n in program.graph.nodes if n.op == "get_attr" and n.target == parameter.target
+    )
+
+
 def nearest_linears(node: Node) -> list[Node]:
     """The linears reached backwards from `node` without passing another."""
     found: list[Node] = []

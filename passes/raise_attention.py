@@ -33,7 +33,12 @@ from fptq_compiler.passes.attention_core import (
     refuse,
 )
 from fptq_compiler.passes.attention_masks import Masks
-from fptq_compiler.passes.attention_operands import common_repeat, every, source_of
+from fptq_compiler.passes.attention_operands import (
+    common_repeat,
+    every,
+    linears,
+    source_of,
+)
 from fptq_compiler.passes.attention_proof import EXACT, AttentionProof
 
 aten = torch.ops.aten
@@ -163,16 +168,19 @@ class _Raising:
         else:
             scale = found.scale
         q, scale = of_q.made(node), scale * of_q.factor
+        operands = [of_q.node, of_k.node, of_v.node]
         repeat = common_repeat(self._probe, (k, v))
-        if repeat > 1 and k.meta["val"].shape[1] == q.meta["val"].shape[1]:
+        if repeat > 1:
             k, v = every(node, k, repeat), every(node, v, repeat)
+        if repeat > 1 or not set(operands) <= set(ancestors(node)):
+            operands = [linear for x in operands for linear in linears(x)]
         mask, causal, window, left = self._settings(found, axes)
         arguments: tuple[Any, ...] = (q, k, v, mask, causal, scale)
         if found.softcap or window:
             arguments = (*arguments, found.softcap, window)
         core = shaped_call(graph, node, ops.attention, arguments, like=node)
         back = axes.back(core, node.meta["val"].shape)
-        error = self._proof.error(node, back, [of_q.node, of_k.node, of_v.node], left)
+        error = self._proof.error(node, back, operands, left)
         if error > EXACT:
             refuse(
                 "read as attention it computes something else, by a relative error of "

@@ -33,7 +33,7 @@ from fptq_compiler.graph.surgery import (
     replace,
     set_parameter,
 )
-from fptq_compiler.passes.linears import LINEAR, MOVES, is_linear
+from fptq_compiler.passes.linears import LINEAR, MOVES, is_linear, parameter_readers
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default, aten.matmul.default)
@@ -125,16 +125,10 @@ def _weight(program: Program, node: Node, parameter: Node, weight: Tensor, store
     """A `get_attr` node of the weight (out, in), under the parameter's name where it may be."""
     name = str(parameter.target)
     if not torch.equal(weight, stored):
-        if _readers(program, name) > 1:
+        if parameter_readers(program, parameter) > 1:
             name = _fresh(program, f"{name}_linear")
         set_parameter(program.module, name, weight.contiguous())
     return get_parameter(program.graph, node, name, weight)
-
-
-def _readers(program: Program, name: str) -> int:
-    return sum(
-        len(n.users) for n in program.graph.nodes if n.op == "get_attr" and n.target == name
-    )
 
 
 def _fresh(program: Program, base: str) -> str:
@@ -234,7 +228,7 @@ def _take_bias(program: Program, region: Region, node: Node) -> int:
             continue
         name = str(bias.target)
         if added.shape != stored.shape or not torch.equal(added, stored):
-            if _readers(program, name) > 1:
+            if parameter_readers(program, bias) > 1:
                 name = _fresh(program, f"{name}_linear")
             set_parameter(program.module, name, added)
         linear.args = (*linear.args, get_parameter(program.graph, linear, name, added))

@@ -90,6 +90,8 @@ class CachedAttention:
     bits: int
     key_scale: Tensor | None
     value_scale: Tensor | None
+    softcap: float = 0.0
+    window: int = 0
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q (B, S, H, D), k and v (B, S, H_kv, D), taken apart where q holds all three."""
@@ -124,9 +126,10 @@ class CachedAttention:
             q,
             decode(present_key, self.key_scale, self.bits, q.dtype),
             decode(present_value, self.value_scale, self.bits, q.dtype),
-            visible(self.mask, q.shape[2]),
+            visible(self.mask, q.shape[2], self.window),
             False,
             self.scale,
+            self.softcap,
         )
         return mixed.transpose(1, 2).flatten(2)
 
@@ -143,16 +146,22 @@ def _cached_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (found.attend(*present), *present)
 
 
-def visible(mask: Tensor, queries: int) -> Tensor:
-    """(B, 1, S, T) booleans: keys that are tokens and not of the future.
+def visible(mask: Tensor, queries: int, window: int = 0) -> Tensor:
+    """(B, 1, S, T) booleans: keys that are tokens, not of the future, and in the window.
 
-    A query always sees itself, so that the row of a padding token is not empty.
+    A query always sees itself, so that the row of a padding token is not empty. Padding does not
+    count in the window.
     """
     keys = mask.shape[1]
     ones = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
     causal = ones.tril(keys - queries)
     itself = causal & ones.triu(keys - queries)
-    return (causal & (mask != 0)[:, None, None, :]) | itself
+    seen = causal & (mask != 0)[:, None, None, :]
+    if window:
+        places = mask.long().cumsum(1) - 1
+        behind = places[:, keys - queries :].clamp_min(0).unsqueeze(2) - places.unsqueeze(1)
+        seen = seen & (behind < window).unsqueeze(1)
+    return seen | itself
 
 
 def _fake_cached_attention(
@@ -178,7 +187,8 @@ _cached_attention_op = torch.library.custom_op(
     schema=(
         "(Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor mask, "
         "Tensor positions, Tensor? cos, Tensor? sin, bool interleaved, int heads, int kv_heads, "
-        "float scale, int bits, Tensor? key_scale, Tensor? value_scale) "
+        "float scale, int bits, Tensor? key_scale, Tensor? value_scale, "
+        "float softcap=0.0, int window=0) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )

@@ -125,10 +125,22 @@ def _embedding(ids: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     return rows.to(scale.dtype) * scale[ids].unsqueeze(-1)
 
 
-def _define(name: str, schema: str, reference: Callable[..., Tensor]) -> Any:
-    """Register `reference` under fptq::name, differentiable by recomputing it."""
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def _define(
+    name: str,
+    schema: str,
+    reference: Callable[..., Tensor],
+    fake: Callable[..., Tensor] | None = None,
+) -> Any:
+    """Register `reference` under fptq::name, differentiable by recomputing it.
+
+    The fake kernel is the reference itself, where none is given that is quicker.
+    """
     operator = torch.library.custom_op(f"fptq::{name}", reference, mutates_args=(), schema=schema)
-    operator.register_fake(reference)
+    operator.register_fake(fake or reference)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
@@ -167,6 +179,7 @@ attention = _define(
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
     "float softcap=0.0, int window=0) -> Tensor",
     attention_reference,
+    _attention_shape,
 )
 fake_quantize = _define(
     "fake_quantize",

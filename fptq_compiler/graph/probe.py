@@ -44,12 +44,13 @@ def between(source: Node, target: Node) -> set[Node]:
 
 
 def outside_reader(source: Node, region: set[Node], target: Node) -> Node | None:
-    """A node that reads the region's values but does not belong to it."""
+    """A node that reads the region's values, not only their sizes, but does not belong to it."""
     for node in (source, *region):
         if node is target:
             continue
         for reader in node.users:
-            if reader not in region and reader is not target:
+            inside = reader in region or reader is target
+            if not inside and reader.target is not aten.sym_size.int:
                 return reader
     return None
 

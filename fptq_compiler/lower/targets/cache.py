@@ -30,16 +30,21 @@ def positions(op: Emitter, mask: Any, ids: Any) -> Any:
 _END = 2**62
 
 
-def hidden_keys(op: Emitter, mask: Any, positions: Any) -> Any:
+def hidden_keys(op: Emitter, mask: Any, positions: Any, window: int = 0) -> Any:
     """(B, 1, S, T) to add to scores: 0 where a query sees a key, else lowest.
 
-    A query sees the tokens up to its own place, and always itself.
+    A query sees the tokens up to its own place, no more than the window holds, and always itself.
     """
     total = op.Shape(mask, start=1, end=2)
     sequence = op.Shape(positions, start=1, end=2)
     keys = op.Range(op.int(0), op.Squeeze(total), op.int(1))
     queries = op.Unsqueeze(op.Slice(keys, op.Neg(sequence), op.ints(_END)), op.ints(1))
     shown = op.And(op.Less(keys, queries), op.Unsqueeze(op.Cast(mask, to=BOOL), op.ints(1, 2)))
+    if window:
+        counted = op.Unsqueeze(op.Sub(op.CumSum(mask, op.int(1)), op.int(1)), op.ints(1))
+        behind = op.Sub(op.Unsqueeze(positions, op.ints(2)), counted)
+        near = op.Unsqueeze(op.Less(behind, op.int(window)), op.ints(1))
+        shown = op.And(shown, near)
     seen = op.Or(shown, op.Equal(keys, queries))
     lowest = LOWEST_OF_FLOAT16 if op.float_type == FLOAT16 else LOWEST
     return op.Where(seen, op.float(0.0), op.float(lowest))
@@ -96,21 +101,25 @@ def decode(op: Emitter, cache: Any, scale: Any, bits: int, head: int) -> Any:
     return op.narrow(op.Mul(codes, scale))
 
 
-def grouped_attention(op: Emitter, q: Any, k: Any, v: Any, bias: Any, heads: int, kv_heads: int,
-                      head: int, scale: float) -> Any:
+def grouped_attention(op: Emitter, given: Carried, q: Any, k: Any, v: Any) -> Any:
     """(B, S, H·D) from q (B, S, H, D) and keys and values (B, H_kv, T, D).
 
     Query heads that share keys are rows of one matmul.
     """
+    heads, kv_heads, head, bias = given.heads, given.kv_heads, given.head, bias_of(op, given)
     group = heads // kv_heads
-    scaled = op.Mul(q, op.float(scale))
+    scaled = op.Mul(q, op.float(given.scale))
     # (B, S, H, D) -> (B, H_kv, G, S, D) -> (B, H_kv, G·S, D)
     split = op.Reshape(scaled, op.ints(0, 0, kv_heads, group, head))
     rows = op.Reshape(op.Transpose(split, perm=[0, 2, 3, 1, 4]), op.ints(0, kv_heads, -1, head))
     scores = op.MatMul(rows, op.Transpose(k, perm=[0, 1, 3, 2]))
     sequence, keys = op.Shape(q, start=1, end=2), op.Shape(k, start=2, end=3)
     apart = op.Concat(op.ints(0, kv_heads, group), sequence, keys, axis=0)
-    shown = op.Add(op.Reshape(scores, apart), op.Unsqueeze(bias, op.ints(1)))
+    scores = op.Reshape(scores, apart)
+    if given.softcap:
+        cap = op.float(given.softcap)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    shown = op.Add(scores, op.Unsqueeze(bias, op.ints(1)))
     weights = op.narrow(op.Softmax(op.wide(shown), axis=-1))
     together = op.Concat(op.ints(0, kv_heads, -1), keys, axis=0)
     mixed = op.MatMul(op.Reshape(weights, together), v)
@@ -157,10 +166,9 @@ def plain_attention(op: Emitter, given: Carried) -> tuple[Any, Any, Any]:
     present_key = op.Concat(given.past_key, stored[0], axis=2)
     present_value = op.Concat(given.past_value, stored[1], axis=2)
     mixed = grouped_attention(
-        op, q,
+        op, given, q,
         decode(op, present_key, given.key_scale, bits, head),
         decode(op, present_value, given.value_scale, bits, head),
-        bias_of(op, given), given.heads, given.kv_heads, head, given.scale,
     )
     return mixed, present_key, present_value
 
@@ -171,5 +179,8 @@ def angles(op: Emitter, table: Any, positions: Any) -> Any:
 
 
 def bias_of(op: Emitter, given: Carried) -> Any:
-    """What hides keys, one tensor for all layers."""
-    return op.once("hidden keys", partial(hidden_keys, mask=given.mask, positions=given.positions))
+    """What hides keys, one tensor for all layers with one window."""
+    made = partial(
+        hidden_keys, mask=given.mask, positions=given.positions, window=given.window
+    )
+    return op.once(("hidden keys", given.window), made)

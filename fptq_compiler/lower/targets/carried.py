@@ -23,13 +23,15 @@ register(
     ("q", "k?", "v?", "past_key", "past_value", "mask", "positions", "cos?", "sin?",
      "key_scale?", "value_scale?"),
     ("output", "present_key", "present_value"),
-    {"interleaved": INT, "heads": INT, "kv_heads": INT, "scale": FLOAT, "bits": INT},
+    {"interleaved": INT, "heads": INT, "kv_heads": INT, "scale": FLOAT, "bits": INT,
+     "softcap": FLOAT, "window": INT},
 )
 register(DOMAIN, "Positions", ("mask", "ids"), ("positions",), {})
 register(DOMAIN, "UnitRms", ("x",), ("normalized", "inverse"), {})
 register(DOMAIN, "RmsNorm", ("x", "gain?"), ("normalized",), {"epsilon": FLOAT})
 register(
-    DOMAIN, "Attention", ("q", "k", "v", "mask?"), ("output",), {"causal": INT, "scale": FLOAT}
+    DOMAIN, "Attention", ("q", "k", "v", "mask?"), ("output",),
+    {"causal": INT, "scale": FLOAT, "softcap": FLOAT, "window": INT},
 )
 register(
     DOMAIN, "Linear", ("x", "codes", "scale", "bias?"), ("y",), {"bits": INT, "block": INT}
@@ -58,6 +60,8 @@ class Carried:
     kv_heads: int
     scale: float
     bits: int
+    softcap: float
+    window: int
 
     @classmethod
     def of(cls, node: ir.Node) -> Carried:
@@ -76,12 +80,13 @@ class Carried:
 def carry_attention(
     q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, positions: Any,
     cos: Any, sin: Any, interleaved: bool, heads: int, kv_heads: int, scale: float, bits: int,
-    key_scale: Any, value_scale: Any,
+    key_scale: Any, value_scale: Any, softcap: float = 0.0, window: int = 0,
 ) -> Any:
     """The emitter of `fptq.cached_attention`."""
     return _fptq.CachedAttention(
         q, k, v, past_key, past_value, mask, positions, cos, sin, key_scale, value_scale,
         interleaved=int(interleaved), heads=heads, kv_heads=kv_heads, scale=scale, bits=bits,
+        softcap=softcap, window=window,
     )
 
 
@@ -95,9 +100,14 @@ def carry_unit_rms(x: Any) -> Any:
     return _fptq.UnitRms(x)
 
 
-def carry_plain_attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
+def carry_plain_attention(
+    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, softcap: float = 0.0,
+    window: int = 0,
+) -> Any:
     """The emitter of `fptq.attention`."""
-    return _fptq.Attention(q, k, v, mask, causal=int(causal), scale=scale)
+    return _fptq.Attention(
+        q, k, v, mask, causal=int(causal), scale=scale, softcap=softcap, window=window
+    )
 
 
 def carry_linear(x: Any, codes: Any, scale: Any, bias: Any, bits: int, block: int) -> Any:

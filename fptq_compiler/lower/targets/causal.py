@@ -31,7 +31,7 @@ class _Piece:
 
 def attention_in_pieces(op: Emitter, given: Carried, q: Any, k: Any, v: Any) -> Any:
     """(B, H, S, D) from q (B, H, S, D) and all keys and values (B, H_kv, T, D), in float."""
-    pieces = op.once("pieces", lambda home: _pieces(home, given))
+    pieces = op.once(("pieces", given.window), lambda home: _pieces(home, given))
     long = op.once("long", lambda home: _is_long(home, given))
 
     def whole(inner: Emitter) -> Sequence[Any]:
@@ -52,7 +52,7 @@ def attention_in_pieces(op: Emitter, given: Carried, q: Any, k: Any, v: Any) -> 
 
 
 def _attention(op: Emitter, given: Carried, q: Any, k: Any, v: Any, bias: Any) -> Any:
-    return op.Attention(q, k, v, bias, scale=given.scale)
+    return op.Attention(q, k, v, bias, scale=given.scale, softcap=given.softcap)
 
 
 def _is_long(op: Emitter, given: Carried) -> Any:

@@ -129,7 +129,8 @@ def fused_attention(
 ) -> tuple[Any, Any, Any]:
     """`fptq.cached_attention` as one GroupQueryAttention.
 
-    Without positions and bias it counts from the first key, and sees all up to the query.
+    Without positions and bias it counts from the first key, and sees all up to the query, or
+    its window.
     """
     last, length = op.once("lengths", lambda home: _lengths(home, given))
     quantized: dict[str, Any] = {}
@@ -146,6 +147,8 @@ def fused_attention(
         domain=CONTRIB, outputs=3,
         num_heads=given.heads, kv_num_heads=given.kv_heads, scale=given.scale,
         do_rotary=int(given.cos is not None), rotary_interleaved=int(given.interleaved),
+        softcap=given.softcap,
+        local_window_size=given.window if given.window and bias is None else -1,
         **quantized,
     )
     return found

@@ -26,6 +26,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCK, BLOCKS, pack_blocks, spread_scale
 from fptq_compiler.lower.emitter import Emitter
 from fptq_compiler.lower.targets import Target, ort_cpu, ort_cuda_contract, qdq, signed
+from fptq_compiler.lower.targets.cache import LOWEST_OF_FLOAT16
 from fptq_compiler.lower.targets.carried import (
     WITH_FLOAT32_INSIDE,
     Carried,
@@ -96,12 +97,33 @@ def _ones(op: Emitter, width: int) -> Any:
 
 def attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:
     """Attention-23 on (B, H, S, D) and (B, H_kv, T, D)."""
-    attributes = node.attributes
+    q, k, v, mask = (*node.inputs, None)[:4]
+    numbers: dict[str, Any] = {name: a.value for name, a in node.attributes.items()}
+    window = numbers["window"]
+    if window:
+        near = op.once(("near", window), partial(_near, q=q, k=k, window=window))
+        mask = near if mask is None else _both(op, mask, near)
     return (
         op.Attention(
-            *node.inputs, is_causal=attributes["causal"].value, scale=attributes["scale"].value
+            q, k, v, mask, is_causal=numbers["causal"], scale=numbers["scale"],
+            softcap=numbers["softcap"],
         ),
     )
+
+
+def _near(op: Emitter, q: Any, k: Any, window: int) -> Any:
+    """(S, T) booleans: keys that lie less than the window behind the query."""
+    sequence, keys = op.Shape(q, start=2, end=3), op.Shape(k, start=2, end=3)
+    numbers = op.Range(op.int(0), op.Squeeze(keys), op.int(1))
+    queries = op.Unsqueeze(op.Slice(numbers, op.Neg(sequence), keys), op.ints(1))
+    return op.Less(op.Sub(queries, numbers), op.int(window))
+
+
+def _both(op: Emitter, mask: Any, near: Any) -> Any:
+    """A mask that hides what either hides."""
+    if mask.dtype == ir.DataType.BOOL:
+        return op.And(mask, near)
+    return op.Where(near, mask, op.float(LOWEST_OF_FLOAT16))
 
 
 def cached_attention(op: Emitter, node: ir.Node) -> tuple[Any, ...]:

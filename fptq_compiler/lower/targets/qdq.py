@@ -82,7 +82,10 @@ def embedding(ids: Any, codes: Any, scale: Any, bits: int) -> Any:
     return op.Mul(rows, op.Unsqueeze(op.Gather(scale, ids), op.Constant(value_ints=[-1])))
 
 
-def attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
+def attention(
+    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, softcap: float = 0.0,
+    window: int = 0,
+) -> Any:
     """Grouped queries (B, H_kv, G·S, D) against keys (B, H_kv, T, D), without repeating keys."""
     heads, width = size(q, 1), size(q, 3)
     kv_heads = size(k, 1)
@@ -101,8 +104,13 @@ def attention(q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> 
     keys = op.Shape(k, start=2, end=3)
     unfolded = op.Concat(op.Constant(value_ints=[0, heads]), sequence, keys, axis=0)
     scores = op.Reshape(scores, unfolded)
+    if softcap:
+        cap = op.Constant(value_float=softcap)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
     if causal:
         scores = op.Add(scores, _causal(sequence, keys))
+    if window:
+        scores = op.Add(scores, _far(sequence, keys, window))
     if mask is not None:
         scores = op.Add(scores, _additive(mask))
     weights = op.Softmax(scores, axis=-1)
@@ -129,6 +137,13 @@ def _causal(queries: Any, keys: Any) -> Any:
     hidden = op.Expand(op.Constant(value_float=cache.LOWEST), op.Concat(queries, keys, axis=0))
     diagonal = op.Squeeze(op.Sub(op.Add(keys, op.Constant(value_ints=[1])), queries))
     return op.Trilu(hidden, diagonal, upper=1)
+
+
+def _far(queries: Any, keys: Any, window: int) -> Any:
+    """(S, T) additive: lowest for keys that lie a window or more behind the query, else 0."""
+    hidden = op.Expand(op.Constant(value_float=cache.LOWEST), op.Concat(queries, keys, axis=0))
+    behind = op.Sub(op.Sub(keys, op.Constant(value_ints=[window])), queries)
+    return op.Trilu(hidden, op.Squeeze(behind), upper=0)
 
 
 def size(value: Any, axis: int) -> int:
