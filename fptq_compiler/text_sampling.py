@@ -48,7 +48,7 @@ def write_text(
         int64 [samples, length].
 
     Raises:
-        CaptureError: the logits are not finite.
+        CaptureError: the logits are not finite, or there are none for each token.
     """
     total = length if start is None else length + 1
     ids = torch.empty(samples, total, dtype=torch.int64)
@@ -87,7 +87,15 @@ def _sample(
     padded = context.repeat(2, 1) if rows == 1 else context
     if width == 1:
         padded = torch.cat([padded, padded], dim=1)
-    logits = logits_function(padded)[:rows, width - 1, :vocabulary].float().cpu()
+    found = logits_function(padded)
+    if found.dim() != 3 or found.shape[:2] != padded.shape:
+        message = (
+            f"self-generated text: the model gives {tuple(found.shape)} for token ids "
+            f"{tuple(padded.shape)}, expected logits for each token; this is no language model, "
+            "so give calibration text or ids."
+        )
+        raise CaptureError(message)
+    logits = found[:rows, width - 1, :vocabulary].float().cpu()
     if not bool(torch.isfinite(logits).all()):
         message = (
             f"self-generated text: the model's logits for token {position} are not finite. The "

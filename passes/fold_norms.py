@@ -16,7 +16,7 @@ from fptq_compiler.graph.edges import GainEdge, insert_edge
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import NearMiss, Program, source_line
 from fptq_compiler.graph.stream import readers_behind, unfolded
-from fptq_compiler.passes.linears import weight_node
+from fptq_compiler.passes.linears import parameter_readers, weight_node
 
 
 class FoldNorms(Pass):
@@ -35,7 +35,8 @@ class FoldNorms(Pass):
                 continue
             readers = readers_behind(commutes, norm)
             stranger = unfolded(commutes, norm)
-            stranger = stranger or next((r for r in readers if not _owns_weight(r)), None)
+            shared = (r for r in readers if parameter_readers(program, weight_node(r)) > 1)
+            stranger = stranger or next(shared, None)
             if stranger is not None and _on_stream(program, norm):
                 reason = f"the gain stays: {stranger.name} reads the norm and is no plain linear"
                 misses.append(NearMiss("norm", norm.name, reason, source_line(stranger)))
@@ -50,15 +51,6 @@ class FoldNorms(Pass):
             norm.args = (norm.args[0], None, norm.args[2])
             changed += 1
         return PassResult(changed, tuple(misses))
-
-
-def _owns_weight(reader: Node) -> bool:
-    """Whether no other node reads the weight of a linear."""
-    weight = weight_node(reader)
-    same = [
-        n for n in reader.graph.nodes if n.op == "get_attr" and n.target == weight.target
-    ]
-    return sum(len(n.users) for n in same) == 1
 
 
 def _on_stream(program: Program, norm: Node) -> bool:

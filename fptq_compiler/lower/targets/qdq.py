@@ -169,7 +169,10 @@ def linear(
         # INT8 MatMulNBits is slower than float by a factor of ten: widen when the model loads.
         weight = op.Mul(op.Cast(codes, to=FLOAT), scale)
     product = op.MatMul(x, weight)
-    return product if bias is None else op.Add(product, bias)
+    if bias is None:
+        return product
+    # MatMul and Add on two axes would become Gemm, which has no kernel for INT4 or INT8 weights.
+    return op.Sum(product, bias) if len(x.shape) == 2 else op.Add(product, bias)
 
 
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
