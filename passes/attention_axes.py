@@ -106,14 +106,14 @@ class Axes:
             return mask
         if all(equal(size, 1) for size in shape[:-2]):
             return self.reshaped(mask, shape[-2:])
-        missing = len(sizes) - len(shape)
-        whole = [1] * missing + list(shape[:-2])
-        if not all(equal(a, b) for a, b in zip(whole, self.split, strict=False)):
-            wanted = [*sizes[:-2], *shape[-2:]]
-            mask = self._call(
-                aten.expand.default, mask, [self._size(size) for size in wanted]
-            )
+        plain = self.split == self.lead and (self.batch, self.heads) == (0, (1,))
+        if plain and len(sizes) == 4:
+            return mask if len(shape) == 4 else self._call(aten.unsqueeze.default, mask, 0)
+        whole = [*[1] * (len(sizes) - len(shape)), *shape[:-2]]
+        if not all(map(equal, whole, sizes)):
             whole = list(sizes[:-2])
+            wanted = [self._size(size) for size in (*whole, *shape[-2:])]
+            mask = self._call(aten.expand.default, mask, wanted)
         return self.canonical(mask, whole)
 
     def reshaped(self, x: Node, sizes: Sizes) -> Node:

@@ -157,7 +157,7 @@ class _Raising:
         node, graph = found.node, found.node.graph
         batch = self._ids.meta["val"].shape[0]
         of_keys = found.k.meta["val"].shape[:-2]
-        axes = Axes.of(node, found.lead, of_keys, batch, (found.q, self._ids))
+        axes = Axes.of(node, found.lead, of_keys, batch, (self._ids,))
         width = found.q.meta["val"].shape[-1]
         q = axes.canonical(axes.reshaped(found.q, (*found.lead, found.queries, width)), found.lead)
         k, v = (axes.canonical(x, x.meta["val"].shape[:-2]) for x in (found.k, found.v))

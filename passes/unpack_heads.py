@@ -4,7 +4,9 @@
     Falcon      [q0 q1 k0 v0 | q2 q3 k1 v1 | ...]      a group's queries, its key, its value
 
 The rows of the weight and the bias are exchanged, and what the model took apart channel by channel
-becomes three ranges. Which channel an operand holds is found by giving every channel its number.
+becomes three ranges. An output projection that reads the channels of all heads in another order
+(an einsum over both) has its columns exchanged alike. Which channel a value holds is found by
+giving every channel its number.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.shaped import shaped_call
 from fptq_compiler.graph.surgery import get_parameter, read_instead, set_parameter
 from fptq_compiler.passes.attention_operands import linears
-from fptq_compiler.passes.linears import parameter_readers
+from fptq_compiler.passes.linears import forward_linear, parameter_readers
 
 aten = torch.ops.aten
 
@@ -44,6 +46,7 @@ class UnpackHeads(Pass):
                     packed.setdefault(sources[0], []).append(operand)
             for projection, operands in packed.items():
                 changed += _reorder(program, probe, core, projection, operands)
+            changed += _reorder_output(program, probe, core)
         return PassResult(changed)
 
 
@@ -90,6 +93,37 @@ def _reorder(
         assert found is not None
         _rewire(projection, found, index, start)
         start += index.numel()
+    return 1
+
+
+@torch.no_grad()
+def _reorder_output(program: Program, probe: Probe, core: Node) -> int:
+    """Let the output projection read the heads side by side."""
+    output = forward_linear(core)
+    if output is None or probe.is_head_merge(core, output.args[0]):  # type: ignore[arg-type]
+        return 0
+    source, weight = output.args[:2]
+    assert isinstance(source, Node)
+    assert isinstance(weight, Node)
+    if weight.op != "get_attr" or parameter_readers(program, weight) > 1:
+        return 0
+    numbers = torch.arange(torch.Size(probe.region.shape(core)).numel(), dtype=torch.float64)
+    numbers = numbers.reshape(probe.region.shape(core))
+    expected = numbers.transpose(1, 2).flatten(2)
+    found = probe.region.value(source, {core: numbers})
+    if found.shape != expected.shape:
+        return 0
+    order = torch.argsort(found[0, 0])  # numbers rise along the channels of one token
+    if not torch.equal(found[..., order], expected):
+        return 0
+    graph = output.graph
+    split = shaped_call(graph, output, aten.transpose.int, (core, 1, 2), like=core)
+    merged = shaped_call(graph, output, aten.flatten.using_ints, (split, 2), like=core)
+    name = str(weight.target)
+    value = program.parameter(name)[:, order.to(program.device)].contiguous()
+    set_parameter(program.module, name, value)
+    stored = get_parameter(graph, output, name, value)
+    output.args = (merged, stored, *output.args[2:])
     return 1
 
 
