@@ -71,11 +71,16 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: wall-clock seconds, and peak resident memory in megabytes of 10^6 bytes."""
+    """One stage: wall-clock seconds, and peak resident memory in megabytes of 10^6 bytes.
+
+    Of it the anonymous part has a peak of its own; the rest are pages of files, which the system
+    takes back when it needs them.
+    """
 
     name: str
     seconds: float
     peak_rss_mb: float
+    peak_anonymous_mb: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from fptq_compiler.memory import return_freed_memory
 
@@ -31,13 +31,21 @@ def high_water_mark() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes() -> int:
-    """Gives the resident bytes of the process now, or 0 where /proc does not say."""
+class Resident(NamedTuple):
+    """Resident bytes: all of them, and those that no file holds, which nobody can take away."""
+
+    total: int
+    anonymous: int
+
+
+def resident_bytes() -> Resident:
+    """Gives the resident bytes of the process now, or zeros where /proc does not say."""
     try:
-        pages = int(_STATM.read_text(encoding="ascii").split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = _STATM.read_text(encoding="ascii").split()
+        page = os.sysconf("SC_PAGE_SIZE")
+        return Resident(int(resident) * page, (int(resident) - int(shared)) * page)
+    except (OSError, ValueError):
+        return Resident(0, 0)
 
 
 class StageClock:
@@ -46,20 +54,21 @@ class StageClock:
     The system keeps one high-water mark for the whole process. Where a stage raises it, the
     new mark is that stage's exact peak. Otherwise the peak lies below the mark, and a thread
     that samples /proc/self/statm finds it; where there is no such file, the mark is given,
-    which is then an upper bound. Stages may nest. What the stage freed goes back to the system.
+    which is then an upper bound. The peak of anonymous memory is always sampled. Stages may
+    nest. What the stage freed goes back to the system.
     """
 
     def __init__(self, name: str, rows: list[StageRow]) -> None:
         self._name = name
         self._rows = rows
-        self._sampled = 0
+        self._sampled = Resident(0, 0)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self._mark = high_water_mark()
         self._sampled = resident_bytes()
-        if self._sampled:
+        if self._sampled.total:
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
         self._start = time.perf_counter()
@@ -78,11 +87,17 @@ class StageClock:
             self._stop.set()
             self._thread.join()
         mark = high_water_mark()
-        sampled = max(self._sampled, resident_bytes())
+        self._look()
+        sampled, anonymous = self._sampled
         peak = mark if mark > self._mark or not sampled else sampled
-        self._rows.append(StageRow(self._name, seconds, peak / MEGABYTE))
+        self._rows.append(
+            StageRow(self._name, seconds, peak / MEGABYTE, anonymous / MEGABYTE)
+        )
         return_freed_memory()
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL):
-            self._sampled = max(self._sampled, resident_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        self._sampled = Resident(*map(max, self._sampled, resident_bytes()))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import time
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_a_stage_is_timed_also_when_it_fails() -> None:
     assert row.peak_rss_mb > 1.0
 
 
-@pytest.mark.skipif(resident_bytes() == 0, reason="this system has no /proc/self/statm")
+@pytest.mark.skipif(resident_bytes().total == 0, reason="this system has no /proc/self/statm")
 def test_a_stage_sees_memory_that_it_gave_back() -> None:
     report = Report("toy")
     size = 100_000_000  # far above what the test runner itself moves by
@@ -92,6 +93,25 @@ def test_a_stage_sees_memory_that_it_gave_back() -> None:
     before, large, after = (row.peak_rss_mb for row in report.stages)
     assert large - before > 0.8 * size / 1e6  # the rest for pages freed meanwhile
     assert large - after > 0.8 * size / 1e6
+    first, most, _ = (row.peak_anonymous_mb for row in report.stages)
+    assert most - first > 0.8 * size / 1e6
+
+
+@pytest.mark.skipif(resident_bytes().total == 0, reason="this system has no /proc/self/statm")
+def test_pages_of_a_file_are_not_anonymous(tmp_path: Path) -> None:
+    size = 100_000_000
+    path = tmp_path / "pages"
+    path.write_bytes(bytes(size))
+    report = Report("toy")
+    with report.stage("before"):
+        pass
+    with report.stage("mapped"), path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        assert not any(mapped[place] for place in range(0, size, 4096))
+    mapped.close()
+    before, after = report.stages
+    assert after.peak_rss_mb - before.peak_rss_mb > 0.8 * size / 1e6
+    assert after.peak_anonymous_mb - before.peak_anonymous_mb < 0.2 * size / 1e6
 
 
 def test_stages_nest() -> None:
