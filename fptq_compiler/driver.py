@@ -24,9 +24,11 @@ from fptq_compiler.explain import (
 )
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.stored import identity
 from fptq_compiler.inspection import ExportCost, Inspection
 from fptq_compiler.lower import lower
 from fptq_compiler.lower.targets import float_type_of
+from fptq_compiler.lower.write import staging
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
@@ -76,13 +78,17 @@ def compile_file(model: Path, output: Path, options: Options, progress: Progress
     """
     float_type_of(options.recipe)
     report = _new_report(model.name, options.recipe)
-    with report.stage("capture"):
-        examples = load_example_inputs(options.example_inputs) if options.example_inputs else None
-        source = _take(
-            capture(model, trust_pickle=options.trust_pickle, example_inputs=examples),
-            options.recipe,
-        )
-    return _compile(source, output, options, progress, report)
+    with staging(output) as folder:
+        with report.stage("capture"):
+            example = options.example_inputs
+            examples = load_example_inputs(example) if example else None
+            source = _take(
+                capture(
+                    model, trust_pickle=options.trust_pickle, example_inputs=examples, unread=True
+                ),
+                options.recipe, folder,
+            )
+        return _compile(source, output, options, progress, report)
 
 
 def compile_model(
@@ -109,7 +115,7 @@ def compile_model(
     float_type_of(options.recipe)
     report = _new_report(type(model).__name__, options.recipe)
     with report.stage("capture"):
-        source = _take(capture(model, example_inputs=example_inputs), options.recipe)
+        source = _take(capture(model, example_inputs=example_inputs), options.recipe, None)
     return _compile(source, Path(output), options, progress or SilentProgress(), report)
 
 
@@ -127,8 +133,10 @@ class _Source:
     language: SessionFile
 
 
-def _take(captured: Captured, recipe: Recipe) -> _Source:
-    program = take_in(captured.program, cached=recipe.cache.enabled)
+def _take(captured: Captured, recipe: Recipe, folder: Path | None) -> _Source:
+    program = take_in(
+        captured.program, cached=recipe.cache.enabled, sources=captured.sources, folder=folder
+    )
     language = SessionFile(
         context_length=captured.context_length,
         bos_token_id=captured.generation_start,
@@ -192,12 +200,12 @@ def _probe(ids: Tensor | None, vocabulary: int, recipe: Recipe) -> Tensor:
 
 
 def _parameter_bytes(program: Program) -> int:
-    return sum(p.numel() * p.element_size() for p in _unique_parameters(program))
+    return sum(p.nbytes for p in _unique_parameters(program))
 
 
 def _unique_parameters(program: Program) -> list[Tensor]:
     """The parameters, each memory once: tied ones share theirs."""
-    return list({p.data_ptr(): p for p in program.module.parameters()}.values())
+    return list({identity(p): p for p in program.module.parameters()}.values())
 
 
 def inspect_file(
@@ -211,8 +219,10 @@ def inspect_file(
     rows: list[StageRow] = []
     examples = load_example_inputs(example_inputs) if example_inputs else None
     with StageClock("capture", rows):
-        captured = capture(model, trust_pickle=trust_pickle, example_inputs=examples)
-    program = take_in(captured.program)
+        captured = capture(
+            model, trust_pickle=trust_pickle, example_inputs=examples, unread=True
+        )
+    program = take_in(captured.program, sources=captured.sources)
     nodes = sum(node.op == "call_function" for node in program.graph.nodes)
     numbers = sum(p.numel() for p in _unique_parameters(program))
     cost = ExportCost(rows[0].seconds, nodes, numbers, _parameter_bytes(program))
@@ -235,8 +245,8 @@ def original_logits(
     model: Path, *, trust_pickle: bool = False
 ) -> tuple[Callable[[Tensor], Tensor], Path | None]:
     """The unquantised model as a function of token ids, and where its tokenizer lies."""
-    captured = capture(model, trust_pickle=trust_pickle)
-    program = take_in(captured.program)
+    captured = capture(model, trust_pickle=trust_pickle, unread=True)
+    program = take_in(captured.program, sources=captured.sources)
     return program.run, captured.tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import longest_sequence
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.stored import Source, bind_sources
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier
 from fptq_compiler.lower.targets import float_type_of, target_of
@@ -40,18 +42,28 @@ from fptq_compiler.unrecognised import refuse_unrecognised, unrecognised
 from fptq_compiler.work import WorkFolder
 
 
-def take_in(exported: ExportedProgram, *, cached: bool = False) -> Program:
+def take_in(
+    exported: ExportedProgram,
+    *,
+    cached: bool = False,
+    sources: Mapping[str, Source] | None = None,
+    folder: Path | None = None,
+) -> Program:
     """The record that all stages work on, without the cache that a model was captured with.
 
     Args:
         exported: as captured.
         cached: whether it gets a cache of ours, which needs token ids as its only input.
+        sources: by parameter name where its values lie, if the program holds none.
+        folder: where rewritten weights of such a program are kept; None is memory.
 
     Raises:
         UnsupportedModelError: a captured cache, or input, that cannot be taken out.
         VerificationError: what is left computes something else.
     """
     program = unlift(exported)
+    if sources:
+        bind_sources(program.module, sources, folder)
     steps: list[Pass] = [StripCache()]
     if cached:
         steps.append(DropInputs())

@@ -147,7 +147,8 @@ def fingerprint(recipe: Recipe, program: Program, calibration: Path | None = Non
     if calibration is not None and calibration.is_file():
         with calibration.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    for name, value in program.module.named_parameters(remove_duplicate=False):
+    for name, _ in program.module.named_parameters(remove_duplicate=False):
+        value = program.parameter(name)
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLES)].float().contiguous()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

@@ -311,6 +311,6 @@ def _follow_positions(program: Program, ids: Node, positions: Node, length: int)
         if reader.target is aten.embedding.default:
             table = reader.args[0]
             assert isinstance(table, Node)
-            rows = program.parameter(str(table.target)).shape[0]
+            rows = program.held(str(table.target)).shape[0]
             if rows < length:
                 _refuse(reader, f"its table has {rows} positions; give --max-length {rows}")

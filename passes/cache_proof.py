@@ -51,7 +51,7 @@ class Proof:
         rows = 2
         if table is not None:
             stored = table.args[1] if table.target is ops.embedding else table.args[0]
-            rows = program.parameter(str(stored.target)).shape[0]
+            rows = program.held(str(stored.target)).shape[0]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(rows, (2, TOKENS), generator=generator).to(program.device)
         return cls(ids, _run(program, program.arguments(ids))[0])

@@ -17,6 +17,7 @@ from fptq_compiler.graph import ops
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import NearMiss, Program, source_line
 from fptq_compiler.graph.sites import Branch, LinearRef, ResidualSite
+from fptq_compiler.graph.stored import identity
 from fptq_compiler.graph.stream import LAYER_NORM, BrokenStreamError, Stream, follow
 from fptq_compiler.passes.linears import head_linears, linear_ref
 
@@ -108,7 +109,7 @@ def _parameter(table: Node) -> str:
 
 
 def _shared(program: Program, first: str, second: str) -> bool:
-    return program.parameter(first).data_ptr() == program.parameter(second).data_ptr()
+    return identity(program.held(first)) == identity(program.held(second))
 
 
 def _check_turning(found: Stream) -> None:

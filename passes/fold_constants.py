@@ -27,7 +27,7 @@ class FoldConstants(Pass):
         constant: dict[Node, int] = {}
         for node in program.graph.nodes:
             if node.op == "get_attr":
-                value = program.parameter(str(node.target))
+                value = program.held(str(node.target))
                 constant[node] = value.numel()
             elif _foldable(node) and all(x in constant for x in node.all_input_nodes):
                 constant[node] = sum(constant[x] for x in node.all_input_nodes)

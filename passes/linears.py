@@ -45,7 +45,7 @@ def linear_ref(
     bias = node.args[2] if len(node.args) > 2 else None
     if weight.op != "get_attr" or (isinstance(bias, Node) and bias.op != "get_attr"):
         return None
-    features = program.parameter(str(weight.target)).shape[0]
+    features = program.held(str(weight.target)).shape[0]
     return LinearRef(
         node=node.name,
         weight=str(weight.target),

@@ -108,7 +108,7 @@ def _place_weight(program: Program, reader: Node, position: int, bits: int, bloc
     end = weight_end(program, argument)
     if end is None:
         return
-    name, shape = str(end.target), program.parameter(str(end.target)).shape
+    name, shape = str(end.target), program.held(str(end.target)).shape
     if any(q.parameter == name for q in program.weight_quantizers):
         return
     path = f"weight_quantizers.{name.replace('.', '_')}"

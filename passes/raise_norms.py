@@ -156,7 +156,7 @@ def _take_gain(program: Program, norm: Node) -> None:
     if not isinstance(gain, Node) or gain.op != "get_attr":
         return
     width = norm.meta["val"].shape[-1]
-    if tuple(program.parameter(str(gain.target)).shape) != (width,):
+    if tuple(program.held(str(gain.target)).shape) != (width,):
         return
     if product.meta["val"].dtype != norm.meta["val"].dtype:
         return

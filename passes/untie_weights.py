@@ -8,6 +8,7 @@ copies cost in bytes is a decision in the report.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from itertools import count
 
@@ -17,6 +18,7 @@ from torch.fx import Node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.sites import Sites
+from fptq_compiler.graph.stored import copy_of, identity
 from fptq_compiler.graph.surgery import get_parameter, has_attribute, set_parameter
 from fptq_compiler.passes.linears import weight_node
 
@@ -33,14 +35,14 @@ class UntieWeights(Pass):
         """Walk the readers in order, tables first; the first reader keeps the parameter."""
         readers = program.call_nodes(aten.embedding.default)
         readers += program.call_nodes(aten.linear.default)
-        seen: dict[int, str] = {}
+        seen: dict[Hashable, str] = {}
         changed = 0
         for reader in readers:
             weight = weight_node(reader)
             if weight.op != "get_attr":
                 continue
             name = str(weight.target)
-            address = program.parameter(name).data_ptr()
+            address = identity(program.held(name))
             if address in seen:
                 _copy(program, reader, name, seen[address])
                 changed += 1
@@ -50,12 +52,12 @@ class UntieWeights(Pass):
 
 def _copy(program: Program, reader: Node, name: str, first: str) -> None:
     """Give `reader` a copy; it keeps its parameter's name where that is not the first's."""
-    table = program.parameter(name)
+    table = program.held(name)
     own = name
     if name == first:
         names = (_numbered(name, number) for number in count(1))
         own = next(n for n in names if not has_attribute(program.module, n))
-    set_parameter(program.module, own, table.detach().clone())
+    set_parameter(program.module, own, copy_of(table))
     copied = get_parameter(program.graph, reader, own, table)
     reader.replace_input_with(weight_node(reader), copied)
     program.sites = _renamed(program.sites, reader.name, own)

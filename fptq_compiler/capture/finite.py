@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from fptq_compiler.errors import CaptureError
+from fptq_compiler.graph.stored import Source
 
 _CHUNK = 1 << 22  # elements looked at a time, so that no mask of a whole embedding is made
 
 
-def refuse_non_finite(program: torch.export.ExportedProgram) -> None:
-    """Look through parameters, buffers and constants, one at a time.
+def refuse_non_finite(
+    program: torch.export.ExportedProgram, sources: Mapping[str, Source] | None = None
+) -> None:
+    """Look through parameters, buffers and constants, one at a time; those of files in the files.
 
     Buffers and constants may hold -inf (attention masks do), but no NaN; parameters must be
     finite.
@@ -20,7 +25,8 @@ def refuse_non_finite(program: torch.export.ExportedProgram) -> None:
     """
     parameters = set(program.graph_signature.parameters)
     tensors = {**program.constants, **program.state_dict}
-    for name, tensor in tensors.items():
+    for name, held in tensors.items():
+        tensor = sources[name].read() if sources and name in sources else held
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
         wrong = count_non_finite(tensor, allow_infinity=name not in parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from fptq_compiler.capture.checkpoint import ReadWhereUsed, empty_tensors, find_sources
 from fptq_compiler.capture.dynamic_rope import original_angles
 from fptq_compiler.capture.export_dynamic import evaluating, export_dynamic
 from fptq_compiler.errors import CaptureError
+from fptq_compiler.graph.stored import Source
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +85,48 @@ def load_pretrained(
     Raises:
         CaptureError: naming missing, unexpected and mismatched parameters.
     """
+
+    def load(attention: str) -> Loaded:
+        return _from_pretrained(folder, options, dtype, attention)
+
+    return _loaded(load, origin)
+
+
+def load_unread(folder: Path) -> tuple[Any, dict[str, Source]] | None:
+    """The model in float32 without its weights, and where in the folder's files they lie.
+
+    Returns:
+        None where the weights must be held, by `load_huggingface`: the files hold other tensors
+        than the model, or transformers does not take them as they are.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return None
+    _check_weights(folder, trust_pickle=False)
+    tensors, places = empty_tensors(folder)
+
+    def load(attention: str) -> Loaded:
+        return _from_tensors(folder, tensors, attention)
+
+    try:
+        model = _loaded(load, folder.name)
+    except CaptureError as error:
+        logger.info("the weights are held: %s", error)
+        return None
+    sources = find_sources(model, tensors, places)
+    return None if sources is None else (model, sources)
+
+
+def _loaded(load: Callable[[str], Loaded], origin: str) -> Any:
+    """What `load` makes with the first attention implementation that the model has."""
     try:
         with quiet_transformers():
             try:
-                model, report = _from_pretrained(folder, options, dtype, "sdpa")
+                model, report = load("sdpa")
             except ValueError as error:
                 if "attention implementation" not in str(error):
                     raise
                 # Soft-capped attention, Gemma 2's, has no fused kernel.
-                model, report = _from_pretrained(folder, options, dtype, "eager")
+                model, report = load("eager")
     except Exception as error:  # transformers raises many types for a wrong folder
         reason = str(error).strip()[:500] or type(error).__name__
         message = (
@@ -104,10 +139,13 @@ def load_pretrained(
     return model.eval()
 
 
+Loaded = tuple[Any, Mapping[str, Any]]
+"""The model and transformers' report on what it found of it."""
+
+
 def _from_pretrained(
     folder: Path, options: Mapping[str, Any], dtype: torch.dtype | str, attention: str
-) -> tuple[Any, Mapping[str, Any]]:
-    """The model and transformers' report on what it found of it."""
+) -> Loaded:
     found = transformers.AutoModelForCausalLM.from_pretrained(
         str(folder),
         local_files_only=True,
@@ -118,17 +156,44 @@ def _from_pretrained(
         ignore_mismatched_sizes=True,  # so that the report lists them all
         **options,
     )
-    return cast(tuple[Any, Mapping[str, Any]], found)
+    return cast(Loaded, found)
+
+
+def _from_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], attention: str) -> Loaded:
+    """The same with these tensors for its weights, in their memory."""
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
+    if hasattr(config, "quantization_config"):
+        message = "quantised weights are turned back as they are loaded"
+        raise TypeError(message)
+    with torch.device("meta"):
+        kind = type(
+            transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        )
+    found = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        attn_implementation=attention,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    return cast(Loaded, found)
 
 
 def export_causal_lm(
-    model: Any, example_ids: torch.Tensor | None = None
+    model: Any,
+    example_ids: torch.Tensor | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> torch.export.ExportedProgram:
     """Export a transformers causal language model with free batch and sequence.
 
     Args:
         model: a `PreTrainedModel` whose output has `logits`.
         example_ids: token ids [B, S]; by default a few ids of the vocabulary.
+        sources: by parameter name where its values lie, if the model holds none.
 
     Returns:
         A program input_ids [B, S] → logits [B, S, V] for all positions, without a cache. The
@@ -143,7 +208,8 @@ def export_causal_lm(
         vocabulary = int(model.config.get_text_config().vocab_size)
         example_ids = (torch.arange(count) % vocabulary).reshape(_EXAMPLE_SHAPE)
     with evaluating(model), original_angles(model) as longest:
-        explicit_mask = _takes_explicit_mask(model, example_ids)
+        with ReadWhereUsed(model, sources or {}):
+            explicit_mask = _takes_explicit_mask(model, example_ids)
         wrapper = _CausalLogits(model, explicit_mask=explicit_mask)
         return export_dynamic(wrapper, (example_ids,), origin=origin, longest=longest)
 

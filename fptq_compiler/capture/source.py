@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from fptq_compiler.capture.huggingface import (
     export_causal_lm,
     generation_start,
     load_huggingface,
+    load_unread,
     read_config,
     text_ends,
 )
 from fptq_compiler.capture.pickled import load_pickled
 from fptq_compiler.errors import CaptureError
+from fptq_compiler.graph.stored import Source
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Captured:
         generation_start: token id that begins a text (bos, else eos), if the config says.
         text_ends: token ids that end a text.
         context_length: the longest sequence the model was made for, if the config says.
+        sources: by parameter name where its values lie, if the program holds none.
     """
 
     program: torch.export.ExportedProgram
@@ -53,6 +57,7 @@ class Captured:
     generation_start: int | None = None
     text_ends: tuple[int, ...] = ()
     context_length: int | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 def capture(
@@ -60,6 +65,7 @@ def capture(
     *,
     trust_pickle: bool = False,
     example_inputs: tuple[Any, ...] | None = None,
+    unread: bool = False,
 ) -> Captured:
     """Turn a model input of any kind into an `ExportedProgram`.
 
@@ -68,6 +74,8 @@ def capture(
             module or an exported program.
         trust_pickle: allow loading that runs code from the file.
         example_inputs: positional example inputs, for modules that are not transformers models.
+        unread: leave weights in their files where that can be; the program then holds none, and
+            `Captured.sources` says where they are.
 
     Raises:
         CaptureError: the input is missing, not understood, damaged, not safe, or holds NaN.
@@ -77,20 +85,20 @@ def capture(
     elif isinstance(source, torch.nn.Module):
         captured = _capture_module(source, "module", type(source).__name__, example_inputs)
     else:
-        captured = _capture_path(Path(source), trust_pickle, example_inputs)
-    refuse_non_finite(captured.program)
+        captured = _capture_path(Path(source), trust_pickle, example_inputs, unread)
+    refuse_non_finite(captured.program, captured.sources)
     logger.info("captured %s as %s", captured.origin, captured.kind)
     return captured
 
 
 def _capture_path(
-    path: Path, trust_pickle: bool, example_inputs: tuple[Any, ...] | None
+    path: Path, trust_pickle: bool, example_inputs: tuple[Any, ...] | None, unread: bool
 ) -> Captured:
     if not path.exists():
         message = f"{path}: no such file or folder. Give a model file or a checkpoint folder."
         raise CaptureError(message)
     if path.is_dir():
-        return _capture_folder(path, trust_pickle)
+        return _capture_folder(path, trust_pickle, unread)
     kind = identify(path)
     if kind == "gguf":
         return _capture_gguf(path)
@@ -158,11 +166,13 @@ def _identify_zip(path: Path) -> str:
     raise CaptureError(message)
 
 
-def _capture_folder(folder: Path, trust_pickle: bool) -> Captured:
+def _capture_folder(folder: Path, trust_pickle: bool, unread: bool) -> Captured:
     if (folder / "config.json").exists():
         read_config(folder)
-        model = load_huggingface(folder, trust_pickle=trust_pickle)
-        return _captured(model, "huggingface", str(folder), _tokenizer_of(folder))
+        tokenizer = _tokenizer_of(folder)
+        lazy = load_unread(folder) if unread else None
+        model, sources = lazy or (load_huggingface(folder, trust_pickle=trust_pickle), {})
+        return _captured(model, "huggingface", str(folder), tokenizer, sources=sources)
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return _capture_gguf(files[0])
@@ -201,11 +211,13 @@ def _captured(
     origin: str,
     tokenizer: Path | None,
     ids: torch.Tensor | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> Captured:
     """Export a transformers model, and keep what its config says of texts."""
     return Captured(
-        export_causal_lm(model, ids), kind, origin, tokenizer,
+        export_causal_lm(model, ids, sources), kind, origin, tokenizer,
         generation_start(model.config), text_ends(model.config), context_length(model.config),
+        sources or {},
     )
 
 

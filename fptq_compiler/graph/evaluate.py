@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from fptq_compiler.graph.stored import StoredParameter
+
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 CACHE_PREFIX = "past_key_values"
 Environment = dict[Node, Any]
@@ -21,6 +23,12 @@ Watcher = Callable[[Node, Any], None]
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
     """The parameter, buffer or submodule that a `get_attr` or `call_module` node names."""
+    found = held(module, target)
+    return found.read() if isinstance(found, StoredParameter) else found
+
+
+def held(module: torch.nn.Module, target: str) -> Any:
+    """The same as it stands in the module: values that lie in a file are not read."""
     found: Any = module
     for part in target.split("."):
         found = getattr(found, part)

@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.sites import Sites
+from fptq_compiler.graph.stored import hold
 from fptq_compiler.source_line import model_frame
 from fptq_compiler.transforms import Map
 
@@ -110,8 +111,14 @@ class Program:
         raise KeyError(name)
 
     def parameter(self, name: str) -> Tensor:
-        """The parameter or buffer of that checkpoint name."""
+        """The parameter or buffer of that checkpoint name, with its values."""
         found = evaluate.attribute(self.module, name)
+        assert isinstance(found, Tensor)
+        return found
+
+    def held(self, name: str) -> Tensor:
+        """The same as it stands in the module: for its shape, dtype and `stored.identity`."""
+        found = evaluate.held(self.module, name)
         assert isinstance(found, Tensor)
         return found
 
@@ -128,8 +135,14 @@ class Program:
         return [v.to(self.device) for v in values]
 
     def move(self, device: str | torch.device) -> None:
-        """Take the parameters, and every device that the graph names, to `device`."""
+        """Take the parameters, and every device that the graph names, to `device`.
+
+        On another device than before they are held in its memory, also those from files.
+        """
         target = torch.device(device)
+        if target == self.device:
+            return
+        hold(self.module)
 
         def moved(value: Any) -> Any:
             return target if isinstance(value, torch.device) else value

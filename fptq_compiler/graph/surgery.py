@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from fptq_compiler.graph.evaluate import attribute
+from fptq_compiler.graph.evaluate import attribute, held
+from fptq_compiler.graph.stored import StoredParameter
 
 aten = torch.ops.aten
 
@@ -87,18 +88,25 @@ def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace, or make, the parameter (or, for integers, buffer) of a dotted name."""
+    """Replace, or make, the parameter (or, for integers, buffer) of a dotted name.
+
+    What replaces a stored parameter is stored.
+    """
     *folders, last = name.split(".")
     parent = module
     for folder in folders:
         if not hasattr(parent, folder):
             parent.add_module(folder, nn.Module())
         parent = getattr(parent, folder)
-    parent._parameters.pop(last, None)
+    replaced = parent._parameters.pop(last, None)
     parent._buffers.pop(last, None)
     if hasattr(parent, last):
         delattr(parent, last)
-    if value.is_floating_point():
+    if isinstance(replaced, StoredParameter):
+        value = replaced.replaced_by(value)
+    if isinstance(value, StoredParameter):
+        parent.register_parameter(last, value)
+    elif value.is_floating_point():
         parent.register_parameter(last, nn.Parameter(value.detach(), requires_grad=False))
     else:
         parent.register_buffer(last, value.detach())
@@ -107,7 +115,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 def has_attribute(module: nn.Module, name: str) -> bool:
     """Whether a dotted name is taken, by a parameter, buffer or submodule."""
     try:
-        attribute(module, name)
+        held(module, name)
     except AttributeError:
         return False
     return True

@@ -13,6 +13,7 @@ from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import evaluate
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets import Target
+from fptq_compiler.lower.unread import read_when_written, take_stored
 
 EXPORTED_OPSET = 21  # the exporter turns nothing into operators of a later opset by itself
 EXAMPLE_PAST = 3  # tokens: torch.export takes sizes 0 and 1 for constants
@@ -36,6 +37,7 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
             warnings.simplefilter("ignore")
             # A plain module: the program's own still knows the inputs that it was captured with.
             plain_module = torch.fx.GraphModule(program.module, program.graph)
+            stored = take_stored(plain_module)
             exported = torch.export.export(
                 plain_module, tuple(example), dynamic_shapes=shapes, strict=False
             )
@@ -53,6 +55,7 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
         message = f"torch.onnx could not translate the frozen graph: {error}"
         raise LoweringError(message) from error
     assert found is not None
+    read_when_written(found.model, stored)
     _drop_traces(found.model)
     _name_dimensions(program, found.model)
     return found.model

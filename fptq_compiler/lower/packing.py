@@ -5,7 +5,7 @@ The exporter folds such a Cast only for small weights; here all are folded, two 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,7 @@ def pack_int4(model: ir.Model) -> int:
             continue
         name = str(source.name)
         if name not in packed:
-            packed[name] = _packed(name, source.const_value.numpy().astype(np.int8))
+            packed[name] = _packed(name, source.const_value)
         narrow.replace_all_uses_with(packed[name])
         graph.remove(node, safe=True)
     for name, value in packed.items():
@@ -36,13 +36,18 @@ def pack_int4(model: ir.Model) -> int:
     return len(packed)
 
 
-def _packed(name: str, codes: np.ndarray[Any, Any]) -> ir.Value:
-    if codes.min() < -8 or codes.max() > 7:
-        message = f"{name}: codes {codes.min()}..{codes.max()} do not fit INT4"
+def _packed(name: str, codes: ir.TensorProtocol) -> ir.Value:
+    """The codes in INT4, narrowed when they are written: a copy of all would double them."""
+    values = codes.numpy()
+    if values.min() < -8 or values.max() > 7:
+        message = f"{name}: codes {values.min()}..{values.max()} do not fit INT4"
         raise ValueError(message)
+    shape = ir.Shape(codes.shape.numpy())
+    narrowed = ir.LazyTensor(partial(_narrowed, name, codes), ir.DataType.INT4, shape, name=name)
     return ir.Value(
-        name=name,
-        shape=ir.Shape(codes.shape),
-        type=ir.TensorType(ir.DataType.INT4),
-        const_value=ir.tensor(codes.astype(ml_dtypes.int4), name=name),
+        name=name, shape=shape, type=ir.TensorType(ir.DataType.INT4), const_value=narrowed
     )
+
+
+def _narrowed(name: str, codes: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(codes.numpy().astype(np.int8, copy=False).astype(ml_dtypes.int4), name=name)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.runtime.session_file import session_path
 
-EXTERNAL_ABOVE = 1_900_000_000  # protobuf ends at 2 GiB
+EXTERNAL_ABOVE = 400_000_000  # one file is made in memory, as a whole and twice
 
 
 @contextmanager
