@@ -17,6 +17,7 @@ from fptq_compiler.graph.stored import Source, bind_sources
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier
 from fptq_compiler.lower.targets import float_type_of, target_of
+from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
 from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
@@ -269,6 +270,7 @@ def _run(
     def observe(step: Pass, result: PassResult) -> None:
         if verifier is not None:
             verifier.check(program, step, result)
+        return_freed_memory()
 
     run_passes(program, steps, observe=observe, dump_dir=dump_dir)
 

@@ -84,11 +84,11 @@ def _freeze_weight(program: Program, quantizer: WeightQuantizer, edge: Node) -> 
         stored_codes = pack_pairs(codes) if quantizer.bits == 4 else codes
     else:
         stored_codes = codes.t().contiguous()
-    set_parameter(program.module, codes_name, stored_codes)
+    set_parameter(program.module, codes_name, stored_codes, made_of=quantizer.parameter)
     set_parameter(program.module, scale_name, scale if embeds else scale.t().contiguous())
     for reader in list(edge.users):
-        stored = get_parameter(program.graph, reader, codes_name, program.parameter(codes_name))
-        steps = get_parameter(program.graph, reader, scale_name, program.parameter(scale_name))
+        stored = get_parameter(program.graph, reader, codes_name, stored_codes)
+        steps = get_parameter(program.graph, reader, scale_name, program.held(scale_name))
         if reader.target is aten.embedding.default:
             arguments: tuple[object, ...] = (reader.args[1], stored, steps, quantizer.bits)
             frozen = call(program.graph, reader, ops.embedding, arguments, like=reader)

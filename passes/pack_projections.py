@@ -62,7 +62,7 @@ def _pack(program: Program, core: Node, parts: list[Node]) -> None:
     first = max(parts)
     stored: list[Node | None] = []
     for name, value in values.items():
-        set_parameter(program.module, name, value)
+        set_parameter(program.module, name, value, made_of=names[0])
         stored.append(get_parameter(program.graph, first, name, value))
     if not has_bias:
         stored.append(None)

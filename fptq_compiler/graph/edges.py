@@ -19,6 +19,9 @@ from fptq_compiler.transforms import Map, Port, Side
 from fptq_compiler.transforms import port as ports_module
 from fptq_compiler.transforms.dense import shared_evaluation
 
+PIECE = 1 << 22
+"""Values of a weight whose rows are independent that are folded at a time."""
+
 
 class WeightEdge(nn.Module):
     """Applies a map at a port: weight (as in the checkpoint) -> weight of the same shape."""
@@ -203,6 +206,19 @@ def weight_end(program: Program, node: Node) -> Node | None:
     return node if node.op == "get_attr" else None
 
 
+def _folded(weight: Tensor, edges: Sequence[Edge]) -> Tensor:
+    """What the edges make of a weight in float64, a vocabulary a few rows at a time."""
+    independent = all(isinstance(e, GainEdge) or e.port.side is not Side.OUT for e in edges)
+    step = max(1, PIECE // weight.shape[1]) if independent else weight.shape[0]
+    folded = torch.empty_like(weight)
+    for rows, result in zip(torch.split(weight, step), torch.split(folded, step), strict=True):
+        value = rows.double()
+        for edge in edges:
+            value = edge(value)
+        result.copy_(value)
+    return folded
+
+
 def fold(program: Program) -> int:
     """Evaluate every chain of edges in float64 and put the result in the parameter's place.
 
@@ -212,11 +228,7 @@ def fold(program: Program) -> int:
     plan = chains(program)
     with torch.no_grad(), shared_evaluation(program.module, torch.float64):
         for name, edges in plan.items():
-            weight = program.parameter(name)
-            value = weight.double()
-            for edge in edges:
-                value = edge(value)
-            set_parameter(program.module, name, value.to(weight.dtype))
+            set_parameter(program.module, name, _folded(program.parameter(name), edges))
     for node in list(program.graph.nodes):
         if _is_edge(program, node):
             source = node.args[0]

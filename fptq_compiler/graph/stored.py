@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fptq_compiler.errors import PassError
 
-LARGE = 1 << 20
+LARGE = 1 << 18
 """Bytes from which a weight is worth a file."""
 
 

@@ -87,11 +87,14 @@ def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return (attribute(module, folder) if folder else module), last
 
 
-def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(
+    module: nn.Module, name: str, value: Tensor, *, made_of: str | None = None
+) -> None:
     """Replace, or make, the parameter (or, for integers, buffer) of a dotted name.
 
-    What replaces a stored parameter is stored.
+    What replaces a stored parameter, or is `made_of` one, is stored.
     """
+    origin = held(module, made_of) if made_of is not None else None
     *folders, last = name.split(".")
     parent = module
     for folder in folders:
@@ -102,8 +105,9 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     parent._buffers.pop(last, None)
     if hasattr(parent, last):
         delattr(parent, last)
-    if isinstance(replaced, StoredParameter):
-        value = replaced.replaced_by(value)
+    for old in (replaced, origin):
+        if isinstance(old, StoredParameter):
+            value = old.replaced_by(value)
     if isinstance(value, StoredParameter):
         parent.register_parameter(last, value)
     elif value.is_floating_point():
