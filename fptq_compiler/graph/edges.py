@@ -208,8 +208,8 @@ def weight_end(program: Program, node: Node) -> Node | None:
 
 def _folded(weight: Tensor, edges: Sequence[Edge]) -> Tensor:
     """What the edges make of a weight in float64, a vocabulary a few rows at a time."""
-    independent = all(isinstance(e, GainEdge) or e.port.side is not Side.OUT for e in edges)
-    step = max(1, PIECE // weight.shape[1]) if independent else weight.shape[0]
+    independent = weight.dim() > 1 and all(edge.side is not Side.OUT for edge in edges)
+    step = max(1, PIECE // weight[0].numel()) if independent else weight.shape[0]
     folded = torch.empty_like(weight)
     for rows, result in zip(torch.split(weight, step), torch.split(folded, step), strict=True):
         value = rows.double()

@@ -156,7 +156,7 @@ class _Following:
         reader = unfolded(self._commutes, norm) if has_gain(norm) else None
         if reader is not None:
             reason = f"the gain stays: {reader.name} reads the norm and is no plain linear"
-            raise BrokenStreamError(reason, norm)
+            raise BrokenStreamError(reason, reader)
         self._turn(norm)
 
     def _visit_call(self, node: Node) -> None:

@@ -103,7 +103,7 @@ def test_what_is_not_recognised_stands_out(half: Inspection) -> None:
     assert "model.layers 0,2 self_attn (× 2)" in text
     residual = half.sites[0]
     assert (residual.kind, residual.words) == ("residual", "not recognised")
-    assert "reads a norm and is not a linear layer" in residual.transforms["residual"].reason
+    assert "reads the norm and is no plain linear" in residual.transforms["residual"].reason
 
 
 def test_the_json_holds_data_not_prose(normed: Inspection) -> None:
@@ -128,7 +128,7 @@ def test_the_json_holds_data_not_prose(normed: Inspection) -> None:
         "heads": 4, "kv_heads": 2, "head_dim": 8, "packed": False, "rope": None,
     }
     assert mlp["shape"] == {"width": 40, "gated": True, "activation": "silu", "packed": False}
-    assert {m["what"] for m in content["near_misses"]} == {"prerope", "norm"}
+    assert {m["what"] for m in content["near_misses"]} == {"prerope"}
 
 
 def test_the_json_names_the_quantisers_of_the_default_recipe(plain: Path) -> None:
