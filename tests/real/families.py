@@ -23,35 +23,41 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+ONE_PLUS = ("Gemma", "Gemma2", "Gemma3Text")
+"""Where the gain of a norm is 1 + w."""
+
 
 @dataclass(frozen=True)
 class Family:
     """A transformers architecture and the settings that make it what it is.
 
     Attributes:
-        name: of `<name>ForCausalLM` and `<name>Config`.
-        settings: of the configuration, over `SIZES`.
+        name: of `<name>Config` and `<name>ForCausalLM`.
+        settings: of the configuration, over `SIZES`; ... leaves one of those out.
         attention: "sdpa" or "eager".
         dtype: of the weights.
+        model: class of the model where it is not `<name>ForCausalLM`.
     """
 
     name: str = "Llama"
     settings: dict[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
     dtype: torch.dtype = torch.float32
+    model: str = ""
 
 
 def make_model(family: Family, seed: int = 0) -> Any:
     """The model in evaluation mode; every gain and bias is random, none 1 or 0."""
-    config = getattr(transformers, f"{family.name}Config")(**{**SIZES, **family.settings})
+    given = {k: v for k, v in {**SIZES, **family.settings}.items() if v is not ...}
+    config = getattr(transformers, f"{family.name}Config")(**given)
     config._attn_implementation = family.attention
-    model = getattr(transformers, f"{family.name}ForCausalLM")(config)
+    model = getattr(transformers, family.model or f"{family.name}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         value = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name or (parameter.dim() == 1 and name.endswith("weight")):
             value = torch.rand(parameter.shape, generator=generator) + 0.5
-            value = value - 1 if family.name == "Gemma" else value  # Gemma's gain is 1 + w
+            value = value - 1 if family.name in ONE_PLUS else value
         elif name.endswith("bias"):
             value = value / 2
         elif "embed" not in name:
