@@ -2,8 +2,9 @@
 
 T_r turns the table and the head's input alike, but the last norm's gain goes into the head
 alone, and the two are quantised along different axes, so they cannot stay one parameter. Linears
-that share a weight (ALBERT, or tied projections) would each get the other's transforms. What the
-copies cost in bytes is a decision in the report.
+that share a weight or bias (ALBERT, or tied projections) would each get the other's transforms;
+their sites, which are named after their weights, get names of their own too. What the copies cost
+in bytes is a decision in the report.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.sites import Sites
+from fptq_compiler.graph.sites import LinearRef, Sites
 from fptq_compiler.graph.stored import copy_of, identity
 from fptq_compiler.graph.surgery import get_parameter, has_attribute, set_parameter
 from fptq_compiler.passes.linears import weight_node
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 
 
 class UntieWeights(Pass):
-    """Copy each weight that an embedding or an earlier linear already reads."""
+    """Copy each weight and bias that an embedding or an earlier linear already reads."""
 
     requires = ("sites_found",)
     provides = ("untied",)
@@ -37,21 +38,28 @@ class UntieWeights(Pass):
         readers += program.call_nodes(aten.linear.default)
         seen: dict[Hashable, str] = {}
         changed = 0
-        for reader in readers:
-            weight = weight_node(reader)
-            if weight.op != "get_attr":
-                continue
-            name = str(weight.target)
+        for reader, parameter in [(r, p) for r in readers for p in _parameters(r)]:
+            name = str(parameter.target)
             address = identity(program.held(name))
             if address in seen:
-                _copy(program, reader, name, seen[address])
+                _copy(program, reader, parameter, seen[address])
                 changed += 1
             seen.setdefault(address, name)
+        program.sites = _named_apart(program.sites)
         return PassResult(changed)
 
 
-def _copy(program: Program, reader: Node, name: str, first: str) -> None:
+def _parameters(reader: Node) -> list[Node]:
+    """The weight and bias of an embedding or linear, where they are parameters."""
+    found = [weight_node(reader)]
+    if reader.target is aten.linear.default and len(reader.args) > 2:
+        found += [bias for bias in reader.args[2:3] if isinstance(bias, Node)]
+    return [p for p in found if p.op == "get_attr"]
+
+
+def _copy(program: Program, reader: Node, parameter: Node, first: str) -> None:
     """Give `reader` a copy; it keeps its parameter's name where that is not the first's."""
+    name = str(parameter.target)
     table = program.held(name)
     own = name
     if name == first:
@@ -59,8 +67,8 @@ def _copy(program: Program, reader: Node, name: str, first: str) -> None:
         own = next(n for n in names if not has_attribute(program.module, n))
     set_parameter(program.module, own, copy_of(table))
     copied = get_parameter(program.graph, reader, own, table)
-    reader.replace_input_with(weight_node(reader), copied)
-    program.sites = _renamed(program.sites, reader.name, own)
+    reader.replace_input_with(parameter, copied)
+    program.sites = _renamed(program.sites, reader.name, name, own)
     megabytes = table.numel() * table.element_size() / 1e6
     program.decisions.append(
         f"untied: {reader.name} gets its own copy of {first}, named {own}, {megabytes:.1f} MB "
@@ -72,10 +80,32 @@ def _numbered(name: str, number: int) -> str:
     return f"{name}_untied" if number == 1 else f"{name}_untied{number}"
 
 
-def _renamed(sites: Sites, node: str, weight: str) -> Sites:
-    """The sites with the new weight name wherever they refer to that linear."""
-    found = sites.with_linears(lambda r: replace(r, weight=weight) if r.node == node else r)
-    residual = found.residual
-    if residual is not None and residual.head.node == node:
-        return replace(found, residual=replace(residual, tied=False))
+def _renamed(sites: Sites, node: str, name: str, own: str) -> Sites:
+    """The sites with the new name of a parameter wherever they refer to that linear."""
+
+    def renamed(ref: LinearRef) -> LinearRef:
+        if ref.node != node:
+            return ref
+        weight = own if ref.weight == name else ref.weight
+        return replace(ref, weight=weight, bias=own if ref.bias == name else ref.bias)
+
+    found = sites.with_linears(renamed)
+    old, new = sites.residual, found.residual
+    if old is not None and new is not None and new.head.weight != old.head.weight:
+        return replace(found, residual=replace(new, tied=False))
     return found
+
+
+def _named_apart(sites: Sites) -> Sites:
+    """The sites with a number behind each name that an earlier site has."""
+    taken: dict[str, int] = {}
+
+    def own(name: str) -> str:
+        taken[name] = taken.get(name, 0) + 1
+        return name if taken[name] == 1 else _numbered(name, taken[name] - 1)
+
+    return replace(
+        sites,
+        attention=tuple(replace(s, name=own(s.name)) for s in sites.attention),
+        mlp=tuple(replace(s, name=own(s.name)) for s in sites.mlp),
+    )

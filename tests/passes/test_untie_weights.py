@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.passes.untie_weights import UntieWeights
-from tests.passes.steps import ONE, assert_settled, change, pick, run, with_sites
-from tests.toys import ToyConfig
+from tests.odd_models import shared_blocks
+from tests.passes.steps import (
+    ONE,
+    assert_settled,
+    change,
+    exported_module,
+    pick,
+    run,
+    with_sites,
+)
+from tests.toys import ToyConfig, make_tokens
 
 TIED = ToyConfig(layers=1, tied=True)
 TABLE = "lm_head.weight"  # the one name that torch.export keeps for a shared parameter
@@ -63,3 +73,16 @@ def test_near_miss() -> None:
 
 def test_twice() -> None:
     assert_settled(with_sites(TIED, UntieWeights()), UntieWeights())
+
+
+def test_blocks_that_share_weights_and_biases_are_blocks_of_their_own() -> None:
+    program = exported_module(shared_blocks(), make_tokens(ToyConfig(), 2, 7), *FIND_SITES)
+    assert {site.name for site in program.sites.mlp} == {"model.layers.1.mlp"}
+    run(program, UntieWeights())
+    names = [site.name for site in (*program.sites.attention, *program.sites.mlp)]
+    assert names[:2] == ["model.layers.1.self_attn", "model.layers.1.self_attn_untied"]
+    assert len(set(names)) == 4
+    refs = [r for s in program.sites.attention for r in (s.q, s.k, s.v, s.o) if r is not None]
+    assert len({r.weight for r in refs}) == len({r.bias for r in refs}) == 8
+    addresses = {program.parameter(str(r.bias)).data_ptr() for r in refs}
+    assert len(addresses) == 8
