@@ -37,6 +37,7 @@ from fptq_compiler.runtime.session_file import SessionFile
 from fptq_compiler.stage_clock import StageClock
 from fptq_compiler.stages import (
     cache,
+    look_into,
     needs_calibration,
     quantize,
     refuse_without_sites,
@@ -222,7 +223,7 @@ def inspect_file(
         captured = capture(
             model, trust_pickle=trust_pickle, example_inputs=examples, unread=True
         )
-    program = take_in(captured.program, sources=captured.sources)
+    program = look_into(captured.program, sources=captured.sources)
     nodes = sum(node.op == "call_function" for node in program.graph.nodes)
     numbers = sum(p.numel() for p in _unique_parameters(program))
     cost = ExportCost(rows[0].seconds, nodes, numbers, _parameter_bytes(program))

@@ -80,7 +80,7 @@ class Unrecognised:
     """A part of the model that no pass understood, and what that means for the file.
 
     Attributes:
-        kind: attention, linear layers, block or weight.
+        kind: attention, linear layers, block, weight or operator.
         place: path of the module where there is one, else the node.
         node: the first node of it.
         reason: what was expected and found.

@@ -8,7 +8,9 @@ from pathlib import PurePath, PureWindowsPath
 from typing import Final
 
 FRAME: Final = re.compile(r'File "(?P<file>[^"]*)", line (?P<line>\d+), in (?P<function>.+)')
-TORCH: Final = re.compile(r"[\\/]torch[\\/](nn|fx|export|autograd|utils|_\w+|functional\.py)\b")
+TORCH: Final = re.compile(
+    r"<eval_with_key>|[\\/]torch[\\/](nn|fx|export|autograd|utils|_\w+|functional\.py)\b"
+)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from torch.export import ExportedProgram
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import longest_sequence
+from fptq_compiler.graph.foreign import refuse_custom_operators
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import Source, bind_sources
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier
+from fptq_compiler.language_model import refuse_inputs, refuse_outputs
 from fptq_compiler.lower.targets import float_type_of, target_of
 from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
@@ -59,16 +61,29 @@ def take_in(
         folder: where rewritten weights of such a program are kept; None is memory.
 
     Raises:
-        UnsupportedModelError: a captured cache, or input, that cannot be taken out.
+        UnsupportedModelError: a captured cache, or input, that cannot be taken out; inputs
+            without a plain value; a first output that is no logits.
         VerificationError: what is left computes something else.
     """
     program = unlift(exported)
     if sources:
         bind_sources(program.module, sources, folder)
-    steps: list[Pass] = [StripCache()]
+    refuse_outputs(program)
+    run_passes(program, (StripCache(),))
+    refuse_inputs(program)
     if cached:
-        steps.append(DropInputs())
-    run_passes(program, steps)
+        run_passes(program, (DropInputs(),))
+    return program
+
+
+def look_into(
+    exported: ExportedProgram, *, sources: Mapping[str, Source] | None = None
+) -> Program:
+    """The record for an inspection, whatever the model takes and gives."""
+    program = unlift(exported)
+    if sources:
+        bind_sources(program.module, sources, None)
+    run_passes(program, (StripCache(),))
     return program
 
 
@@ -109,6 +124,7 @@ def transform(
             verifier = Verifier(program, vocabulary_of(program), recipe.seed, tokens=tokens)
         _run(program, FIND_SITES, verifier, dump_dir)
         refuse_without_sites(program)
+        refuse_custom_operators(program)
         report.unrecognised = unrecognised(program)
         demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
         refuse_unrecognised(demanded, report.unrecognised)

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.foreign import custom_operators
 from fptq_compiler.graph.program import Program, source_line
 from fptq_compiler.inspection import Unrecognised
 from fptq_compiler.passes.linears import LINEAR, MOVES, is_linear, weight_node
@@ -29,12 +30,16 @@ ATTENTION_MEANING = (
 )
 LINEAR_MEANING = "quantised like the others, without a transform in front"
 BLOCK_MEANING = "its linear layers are quantised, without T_k, T_v, T_u and T_d"
+OPERATOR_MEANING = "the model cannot be compiled: ONNX has no form of it"
 WEIGHT_MEANING = "stays float: only linear layers and embeddings are quantised"
 
 
 def unrecognised(program: Program) -> list[Unrecognised]:
-    """What FIND_SITES left: attention, blocks, linear layers outside of sites, float weights."""
-    return [*_attention(program), *_linears(program), *_float_weights(program)]
+    """What FIND_SITES left: attention, blocks, linears in no site, float weights, operators."""
+    return [
+        *_attention(program), *_linears(program), *_float_weights(program),
+        *_operators(program),
+    ]
 
 
 def refuse_unrecognised(names: Sequence[str], rows: Sequence[Unrecognised]) -> None:
@@ -112,6 +117,16 @@ def _float_weights(program: Program) -> Iterator[Unrecognised]:
                 f"{product.target} multiplies by it, expected a linear layer",
                 SourceLine.read(source_line(product)), WEIGHT_MEANING,
             )
+
+
+def _operators(program: Program) -> Iterator[Unrecognised]:
+    """Calls of other libraries' operators."""
+    for node in custom_operators(program):
+        yield Unrecognised(
+            "operator", module_of(node) or node.name, node.name,
+            f"{node.target} is a custom operator, expected torch's own",
+            SourceLine.read(source_line(node)), OPERATOR_MEANING,
+        )
 
 
 def _product_behind(weight: Node) -> Node | None:

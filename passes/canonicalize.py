@@ -1,9 +1,10 @@
 """Bring an exported graph to one plain spelling: no wrappers, no casts to the same type.
 
 What goes: grad-mode and autocast wrappers (inlined), metadata assertions, dropout in
-evaluation, copies, slices and expansions that change no shape, the statistics of a LayerNorm.
-torch.export leaves all of these between the operators that patterns look for; torch.onnx drops
-them too, but later than we match.
+evaluation, copies, slices and expansions that change no shape, the statistics of a LayerNorm, and
+what is written to buffers that the output does not depend on (a step counter). torch.export
+leaves all of these between the operators that patterns look for; torch.onnx drops them too, but
+later than we match.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fptq_compiler.errors import UnsupportedModelError
-from fptq_compiler.graph.evaluate import attribute
+from fptq_compiler.graph.evaluate import ancestors, attribute
+from fptq_compiler.graph.foreign import WRAPPERS
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program, source_line
 from fptq_compiler.graph.shaped import same_shape
@@ -37,8 +39,12 @@ COPIES = (
     aten.detach.default,
     aten.lift_fresh_copy.default,
 )
-DROPOUTS = (aten.dropout.default, aten.native_dropout.default)
-WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+BATCH_NORMS = (
+    aten.batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit_functional.default,
+)
+"""With the flag of training as their sixth argument."""
 
 
 class Canonicalize(Pass):
@@ -55,8 +61,9 @@ class Canonicalize(Pass):
                 changed += 1
         if copied:
             _free_views(program)
+        _refuse_training(program)
+        changed += _drop_unread_writes(program)
         _refuse_mutation(program)
-        _refuse_dropout(program)
         return PassResult(changed)
 
 
@@ -123,7 +130,7 @@ def _drop(node: Node) -> bool:
         replace(node, norm)
         return True
     if node.target is aten._unsafe_view.default:
-        node.target = aten.view.default
+        node.target = aten.reshape.default  # the copy in front, whose strides it took, goes
         return False
     dead = bool(
         node.target in COPIES
@@ -164,26 +171,60 @@ def _takes_all(node: Node) -> bool:
     return bool(start in (None, 0) and stop in (None, 2**63 - 1) and step == 1)
 
 
+def _drop_unread_writes(program: Program) -> int:
+    """Forget what is kept for the next run in buffers that no output is computed from."""
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    read = {str(n.target) for n in ancestors(output) if n.op == "get_attr"}
+    dropped = 0
+    for node in list(program.graph.nodes):
+        if node.target is aten.copy_.default and not node.users:
+            buffer = node.args[0]
+            assert isinstance(buffer, Node)
+            if buffer.op == "get_attr" and str(buffer.target) not in read:
+                node.graph.erase_node(node)
+                dropped += 1
+    return dropped
+
+
 def _refuse_mutation(program: Program) -> None:
     """In-place operators would make every later rewrite unsafe."""
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None and schema.is_mutable:
+            written = node.args[0] if node.args else None
+            buffer = isinstance(written, Node) and written.op == "get_attr"
+            what = f"buffer {written.target}" if buffer else "a tensor"  # type: ignore[union-attr]
+            where = next((x for x in map(source_line, (node, *node.all_input_nodes)) if x), "")
             message = (
-                f"node {node.name} ({node.target}) changes a tensor in place, after "
-                f"functionalisation; expected a functional graph. {source_line(node)}\n"
-                "Write the operation without in-place assignment, or to a buffer outside forward."
+                f"node {node.name} ({node.target}) changes {what} in place, expected a model "
+                f"that keeps nothing from one run to the next. {where}\n"
+                "Call model.eval() before torch.export.export, and write what must be kept "
+                "outside forward."
             )
             raise UnsupportedModelError(message)
 
 
-def _refuse_dropout(program: Program) -> None:
-    """A model that was exported in training mode computes something else on every run."""
+def _refuse_training(program: Program) -> None:
+    """A model that was exported in training mode is not the one that will be used."""
     for node in program.graph.nodes:
-        if node.target in DROPOUTS:
+        what = _trains(node)
+        if what:
             message = (
-                f"node {node.name} ({node.target}) drops values at random: the model was exported "
-                f"in training mode, expected evaluation. {source_line(node)}\n"
+                f"node {node.name} ({node.target}) {what}: the model was exported in training "
+                f"mode, expected evaluation. {source_line(node)}\n"
                 "Call model.eval() before torch.export.export."
             )
             raise UnsupportedModelError(message)
+
+
+def _trains(node: Node) -> str:
+    """What an operator does in training only, in words; empty where it does nothing such."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    if node.target in BATCH_NORMS:
+        return "normalises by the statistics of the batch" if node.args[5] else ""
+    if node.target is aten.scaled_dot_product_attention.default:
+        dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return "draws random numbers" if dropout != 0.0 else ""
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return "draws random numbers" if random else ""

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.graph.foreign import refuse_control_flow
 from fptq_compiler.graph.program import InputSpec, Program
 from fptq_compiler.graph.surgery import clean
 
@@ -26,7 +27,7 @@ def unlift(exported: ExportedProgram) -> Program:
     and that nothing reads (`use_cache`, an argument that is None) are left out.
 
     Raises:
-        UnsupportedModelError: the graph has no tensor input or no floating output.
+        UnsupportedModelError: the graph has no tensor input, or control flow on values.
     """
     if any(_mutates(n) for n in exported.graph.nodes):
         with warnings.catch_warnings():
@@ -62,6 +63,7 @@ def unlift(exported: ExportedProgram) -> Program:
     if not inputs:
         message = "the exported graph has no input; expected token ids (B, S)"
         raise UnsupportedModelError(message)
+    refuse_control_flow(module)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     clean(module)

@@ -7,6 +7,7 @@ from fptq_compiler.source_line import SourceLine, model_frame
 MODEL = 'File "/home/me/model.py", line 12, in forward'
 LINEAR = 'File "/usr/lib/site-packages/torch/nn/modules/linear.py", line 134, in forward'
 DISPATCH = 'File "/usr/lib/site-packages/torch/_ops.py", line 819, in __call__'
+GENERATED = 'File "<eval_with_key>.5", line 9, in forward'
 PROJECT = 'File "/home/me/torch/model.py", line 3, in attend'
 
 
@@ -16,6 +17,7 @@ def trace(*frames: str) -> str:
 
 def test_the_innermost_frame_outside_torch() -> None:
     assert model_frame(trace(MODEL, LINEAR, DISPATCH)) == MODEL
+    assert model_frame(trace(MODEL, GENERATED)) == MODEL
     assert model_frame(trace(MODEL, PROJECT, LINEAR)) == PROJECT  # a folder named torch
 
 

@@ -1,0 +1,23 @@
+"""Fixtures of the tests that run commands: a shop, and a toy that it can compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.compiling import SMALL, quick
+from tests.shop import Shop, archive
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of a small toy."""
+    return archive(SMALL, tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def shop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shop:
+    """A folder with an empty one for the output."""
+    (tmp_path / "out").mkdir()
+    return Shop(tmp_path, capsys, quick("4-8-8"))
