@@ -31,7 +31,7 @@ def refuse_inputs(program: Program) -> None:
 
 
 def refuse_outputs(program: Program) -> None:
-    """Refuse a model whose first output is not the logits of all positions.
+    """Refuse a model whose first output is no logits: of all positions, or of the sequence.
 
     Raises:
         UnsupportedModelError: what it gives, and what was expected.
@@ -42,12 +42,12 @@ def refuse_outputs(program: Program) -> None:
     values = [n.meta.get("val") if isinstance(n, Node) else n for n in outputs]
     listed = ", ".join(_words(value) for value in values)
     first = values[0] if values else None
-    if not isinstance(first, Tensor) or not first.is_floating_point() or first.dim() != 3:
+    if not isinstance(first, Tensor) or not first.is_floating_point() or first.dim() not in (2, 3):
         where = source_line(outputs[0]) if outputs and isinstance(outputs[0], Node) else ""
         message = (
-            f"the model gives {listed or 'nothing'}, expected logits (batch, sequence, "
-            f"vocabulary) of a float type first. {where}\n"
-            "Export a forward that returns the logits of all positions."
+            f"the model gives {listed or 'nothing'}, expected logits of a float type first, "
+            f"(batch, sequence, vocabulary), or (batch, classes). {where}\n"
+            "Export a forward that returns the logits."
         )
         raise UnsupportedModelError(message)
     rows = {

@@ -193,7 +193,7 @@ def test_what_leaves_nothing_that_is_read_compiles(shop: Shop, odd: Odd) -> None
     [
         (odd_models.complex_logits, "the model gives complex64 ("),
         (odd_models.answers, "the model gives int64 ("),
-        (odd_models.last_position, "the model gives float32 ("),
+        (odd_models.one_number, "the model gives float32 ("),
         (odd_models.hidden_first, "the first is not as wide as the vocabulary"),
     ],
 )
