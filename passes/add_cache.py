@@ -22,14 +22,17 @@ from torch.fx import Node
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph.evaluate import ancestors
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal
 from fptq_compiler.graph.program import InputSpec, Program, source_line
 from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
-from fptq_compiler.passes.attention_core import SOFTMAX
+from fptq_compiler.passes.attention_core import SOFTMAX, attends
+from fptq_compiler.passes.attention_masks import SIZE_ONLY
 from fptq_compiler.passes.cache_proof import Proof
 from fptq_compiler.passes.linears import MOVES
+from fptq_compiler.passes.merge_heads import merge_heads
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS
 
 aten = torch.ops.aten
@@ -59,6 +62,9 @@ class AddCache(Pass):
         expected = Proof.of(program)
         probe = Probe(program.module)
         angles = RotaryTables(program.module, probe, self.length)
+        for core in cores:
+            _lay_heads_side_by_side(program, probe, core)
+        learned = _learned_positions(program, probe)
         plans = [_plan(program, probe, angles, core) for core in cores]
         ids = _ids(program)
         program.inputs = (replace_fields(program.inputs[0], dims=("batch", "sequence")),)
@@ -74,7 +80,7 @@ class AddCache(Pass):
         logits = output.args[0]
         first_output = logits[0] if isinstance(logits, (tuple, list)) else logits
         output.args = ((first_output, *presents),)
-        _follow_positions(program, ids, positions, self.length)
+        _follow_positions(program, ids, positions, learned, self.length)
         names = [f"present.{n}.{kind}" for n in range(len(plans)) for kind in ("key", "value")]
         program.outputs = ("logits", *names)
         program.module.recompile()
@@ -84,7 +90,7 @@ class AddCache(Pass):
 
 def _refuse_unraised(program: Program, cores: list[Node]) -> None:
     """Every attention must be known as one, or the others would see only their own tokens."""
-    left = [n for n in program.graph.nodes if n.target in SOFTMAX]
+    left = [n for n in program.graph.nodes if n.target in SOFTMAX and attends(n)]
     if cores and not left:
         return
     misses = [m.reason for m in program.near_misses if m.what == "attention"]
@@ -140,6 +146,17 @@ def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _
     if probe.region.shape(key.operand) != probe.region.shape(value.operand):
         _refuse(value.operand, "keys and values differ in heads or channels")
     return _Plan(core, heads[0], heads[1], heads[2], key, value, of_q, _merge_end(probe, core))
+
+
+def _lay_heads_side_by_side(program: Program, probe: Probe, core: Node) -> None:
+    """Give every operand a value (B, S, H·D) to be read from, where it has none."""
+    for position in range(3):
+        operand = core.args[position]
+        assert isinstance(operand, Node)
+        if operand.target in (ops.fake_quantize, cache_ops.stored):
+            operand = operand.all_input_nodes[0]
+        if isinstance(head_map(probe, operand), Refusal):
+            merge_heads(probe, operand)
 
 
 def _head_map(probe: Probe, operand: Node) -> HeadMap:
@@ -292,13 +309,43 @@ def _placeholder(
     return node
 
 
-def _follow_positions(program: Program, ids: Node, positions: Node, length: int) -> None:
+def _learned_positions(program: Program, probe: Probe) -> dict[Node, int]:
+    """The embeddings whose rows are the positions, and the row of the first one."""
+    ids = _ids(program)
+    found = {}
+    for node in program.call_nodes(aten.embedding.default):
+        index = node.args[1]
+        assert isinstance(index, Node)
+        behind = set(ancestors(index))
+        if ids not in behind or index is ids:
+            continue
+        if any(r in behind and r.target not in SIZE_ONLY for r in ids.users):
+            continue
+        rows = probe.region.value(index, {})
+        first = int(rows.flatten()[0])
+        counted = torch.arange(first, first + rows.shape[-1])
+        if bool((rows == counted).all()):
+            found[node] = first
+    return found
+
+
+def _follow_positions(
+    program: Program, ids: Node, positions: Node, learned: dict[Node, int], length: int
+) -> None:
     """What still counts positions from 0 counts as the mask does."""
+    for node, first in learned.items():
+        rows = positions
+        if first:
+            rows = call(program.graph, node, aten.add.Tensor, (positions, first), like=positions)
+        node.args = (node.args[0], rows, *node.args[2:])
+        _check_rows(program, node, first + length)
     program.graph.eliminate_dead_code()
     for node in list(program.graph.nodes):
         if node.target is not aten.arange.default or node is positions:
             continue
         count = node.args[0]
+        if isinstance(count, Node) and _reads_batch(count, ids):
+            continue  # it numbers the tokens of all rows, as a router does
         counts = isinstance(count, Node) and count.args == (ids, 1)
         if not counts or count.target is not aten.sym_size.int:
             _refuse(node, "it counts something that is not the positions of the input")
@@ -309,8 +356,18 @@ def _follow_positions(program: Program, ids: Node, positions: Node, length: int)
             replace(node, positions)
     for reader in positions.users:
         if reader.target is aten.embedding.default:
-            table = reader.args[0]
-            assert isinstance(table, Node)
-            rows = program.held(str(table.target)).shape[0]
-            if rows < length:
-                _refuse(reader, f"its table has {rows} positions; give --max-length {rows}")
+            _check_rows(program, reader, length)
+
+
+def _reads_batch(count: Node, ids: Node) -> bool:
+    return any(
+        n.target is aten.sym_size.int and n.args == (ids, 0) for n in ancestors(count)
+    )
+
+
+def _check_rows(program: Program, embedding: Node, needed: int) -> None:
+    table = embedding.args[0]
+    assert isinstance(table, Node)
+    rows = program.held(str(table.target)).shape[0]
+    if rows < needed:
+        _refuse(embedding, f"its table has {rows} positions; give --max-length {rows}")

@@ -8,7 +8,7 @@ is then proved by running it (raise_attention), so that this reading may be wron
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -92,6 +92,17 @@ class Core:
     masks: list[Mask] = field(default_factory=list)
 
 
+def attends(softmax: Node) -> bool:
+    """Whether a softmax may be attention's: a product of two activations is behind it or reads it.
+
+    A router's softmax is over experts, and neither is true of it.
+    """
+    try:
+        return _holds_product(softmax.args[0]) or _is_product(_mixing(softmax))
+    except NoCoreError:
+        return False
+
+
 def read_core(region: Region, softmax: Node) -> Core:
     """The attention around a softmax.
 
@@ -146,7 +157,7 @@ def _is_product(node: Node) -> bool:
     return all(isinstance(x, Node) and activations(x) for x in node.args[-2:])
 
 
-def _holds_product(node: Node) -> bool:
+def _holds_product(node: Any) -> bool:
     behind = ancestors(node, (n for n in ancestors(node) if n.target in BARRIERS))
     return any(_is_product(n) for n in behind)
 

@@ -12,7 +12,14 @@ from fptq_compiler.graph.program import Program
 aten = torch.ops.aten
 LONGEST_MASK = 8192
 LONGEST_RUN = 2 * LONGEST_MASK + 3
-SIZE_ONLY = (aten.sym_size.int, aten.new_ones.default, aten.new_zeros.default)
+SIZE_ONLY = (
+    aten.sym_size.int,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+)
+"""Operators that read no more of an input than its sizes."""
 HIDDEN = -1e4
 
 

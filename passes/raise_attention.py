@@ -18,7 +18,6 @@ import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
-from fptq_compiler.graph.evaluate import ancestors
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe
 from fptq_compiler.graph.program import NearMiss, Program, source_line
@@ -29,6 +28,7 @@ from fptq_compiler.passes.attention_core import (
     SOFTMAX,
     Mask,
     NoCoreError,
+    attends,
     read_core,
     refuse,
 )
@@ -56,9 +56,8 @@ class RaiseAttention(Pass):
         changed = 0
         misses: list[NearMiss] = []
         raising = _Raising(program)
-        chosen_by = _choices(program)
         for node in list(program.graph.nodes):
-            if node.target not in (SDPA, *SOFTMAX) or not node.users or node in chosen_by:
+            if node.target is not SDPA and not (node.target in SOFTMAX and attends(node)):
                 continue
             try:
                 found = _sdpa(node) if node.target is SDPA else raising.spelled(node)
@@ -68,12 +67,6 @@ class RaiseAttention(Pass):
                 where = error.node if isinstance(error, NoCoreError) else node
                 misses.append(NearMiss("attention", where.name, str(error), source_line(where)))
         return PassResult(changed, tuple(misses))
-
-
-def _choices(program: Program) -> set[Node]:
-    """What a top-k chooses by, back to the nearest linears: routers of experts, not attention."""
-    linears = program.call_nodes(aten.linear.default)
-    return {n for k in program.call_nodes(aten.topk.default) for n in ancestors(k, linears)}
 
 
 @dataclass(frozen=True)
