@@ -15,6 +15,7 @@ from torch.fx import Node
 from fptq_compiler.graph.evaluate import ancestors
 from fptq_compiler.graph.probe import EXACT, Probe
 from fptq_compiler.graph.shaped import shaped_call
+from fptq_compiler.passes.attention_operands import linears
 from fptq_compiler.passes.linears import LINEAR
 
 aten = torch.ops.aten
@@ -23,6 +24,8 @@ TOKENS_FIRST, HEADS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
 
 def merge_heads(probe: Probe, operand: Node) -> bool:
     """Merge and split the heads at the earliest value of which `operand` is a linear map.
+
+    Up to that value every position is treated alike.
 
     Args:
         probe: of the graph.
@@ -42,7 +45,9 @@ def merge_heads(probe: Probe, operand: Node) -> bool:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         order = forms.get(probe.region.shape(node))
-        if order is not None and _is_linear(probe, node, operand):
+        if order is None or not _is_linear(probe, node, operand):
+            continue
+        if _is_alike(probe, node, order):
             _merge(node, order, heads, width)
             return True
     return False
@@ -63,6 +68,18 @@ def _is_linear(probe: Probe, source: Node, target: Node) -> bool:
     found = at(2 * first - 3 * second)
     zero = at(torch.zeros_like(first)).abs().max()
     return bool(zero == 0 and (found - expected).abs().max() <= EXACT * expected.abs().max())
+
+
+def _is_alike(probe: Probe, node: Node, order: tuple[int, ...]) -> bool:
+    """Whether tokens that are alike behind the linears are alike here, at every position."""
+    bound = {}
+    for linear in linears(node):
+        shape = probe.region.shape(linear)
+        generator = torch.Generator().manual_seed(17)
+        token = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
+        bound[linear] = token.expand(shape).contiguous()
+    found = probe.region.value(node, bound).permute(order)
+    return bool((found - found[:1, :1]).abs().max() <= EXACT * found.abs().max())
 
 
 def _merge(node: Node, order: tuple[int, ...], heads: int, width: int) -> None:

@@ -143,7 +143,7 @@ def _last_heads(
     found = None
     for node in sorted(between(projection, operand)):
         value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dim() != 4:
+        if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
             continue
         places = probe.region.value(node, {projection: numbers})
         inside = (places == places.round()) & (places >= 0) & (places < numbers.numel())

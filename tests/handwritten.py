@@ -67,7 +67,8 @@ def is_possible(spelling: Spelling) -> bool:
     equal = spelling.kv_heads == HEADS
     thirds = spelling.projection in ("chunk", "unbind")
     widened = spelling.repeat == "broadcast" and (spelling.core != "matmul" or equal)
-    return (equal or not thirds) and not widened
+    one_gain = spelling.broken == "head_gain" and spelling.kv_heads == 1  # a factor of all keys
+    return (equal or not thirds) and not widened and not one_gain
 
 
 class Block(nn.Module):

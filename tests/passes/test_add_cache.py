@@ -183,7 +183,7 @@ def decoded(program: Program, ids: Tensor = IDS, chunk: int = 1) -> Tensor:
 
 
 def has_cache(config: ToyConfig) -> bool:
-    return not (config.qk_norm or config.position_bias)
+    return not config.position_bias
 
 
 @pytest.mark.parametrize("config", [c for c in SPELLINGS if has_cache(c)], ids=name_spelling)
@@ -334,17 +334,26 @@ def attending(monkeypatch: pytest.MonkeyPatch, attend: Attend, config: ToyConfig
     return edited(config, lambda _: None, *FIND_SITES)
 
 
-def window(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def strided(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every other token of the past."""
     at = torch.arange(q.shape[-2])
-    shown = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - 5)
+    shown = (at[None, :] <= at[:, None]) & ((at[:, None] - at[None, :]) % 2 == 0)
     return functional.scaled_dot_product_attention(q, k, v, shown, scale=self.scale)
+
+
+def windowed(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Five tokens, scores capped as in Gemma 2."""
+    at = torch.arange(q.shape[-2])
+    hidden = (at[None, :] > at[:, None]) | (at[None, :] <= at[:, None] - 5)
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * self.scale / 3) * 3
+    return torch.matmul(scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
 def everywhere(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
-@pytest.mark.parametrize("attend", [window, everywhere])
+@pytest.mark.parametrize("attend", [strided, everywhere])
 def test_a_mask_that_is_not_causal(monkeypatch: pytest.MonkeyPatch, attend: Attend) -> None:
     program = attending(monkeypatch, attend)
     line = r"\(File .*toys\.py"
@@ -461,17 +470,19 @@ def test_values_that_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(program, "the values are rotated")
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (ToyConfig(layers=1, qk_norm=True), r"the path is not linear \(a norm or an activation"),
-        (ToyConfig(layers=1, position_bias=True), "something is added that does not come from"),
-    ],
-    ids=["qk_norm", "position_bias"],
-)
-def test_queries_that_are_no_rotation_of_the_projection(config: ToyConfig, reason: str) -> None:
-    """QK-norm (Qwen 3, Gemma 3) is refused: keys are stored from the projection's own output."""
-    assert_refused(with_sites(config), reason)
+def test_queries_that_are_no_rotation_of_the_projection() -> None:
+    program = with_sites(ToyConfig(layers=1, position_bias=True))
+    assert_refused(program, "something is added that does not come from")
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_window_and_soft_capping(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    program = attending(monkeypatch, windowed)
+    expected = whole(program)
+    run(program, CACHE)
+    (core,) = program.call_nodes(cache_ops.cached_attention)
+    assert core.args[-2:] == (3.0, 5)
+    assert relative_error(decoded(program, chunk=chunk), expected) < TABLES
 
 
 def test_one_layer_that_cannot_refuses_the_model() -> None:

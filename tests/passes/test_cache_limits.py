@@ -41,22 +41,22 @@ ONE = ToyConfig(layers=1)
 CACHED = quick("16-16-16", cache=CacheRecipe(enabled=True))
 
 
-def softcapped(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores behind a tanh, which no composite operator has."""
+def rectified(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores behind a relu, which no composite operator has."""
     length = q.shape[-2]
     mask = torch.full((length, length), torch.finfo(q.dtype).min).triu(1)
-    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * self.scale / 5) * 5
+    scores = torch.relu(torch.matmul(q, k.transpose(2, 3)) * self.scale)
     return torch.matmul(functional.softmax(scores + mask, -1), v)
 
 
 def test_an_attention_that_was_not_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_refused(attending(monkeypatch, softcapped), "attention at ")
+    assert_refused(attending(monkeypatch, rectified), "attention at ")
 
 
 def test_one_of_two_that_was_not_recognised() -> None:
     def change(toy: Toy) -> None:
         attention = toy.model.layers[1].self_attn
-        attention.attend = types.MethodType(softcapped, attention)  # type: ignore[method-assign]
+        attention.attend = types.MethodType(rectified, attention)  # type: ignore[method-assign]
 
     assert_refused(edited(ToyConfig(), change, *FIND_SITES), "attention at ")
 

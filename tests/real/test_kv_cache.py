@@ -34,6 +34,12 @@ FAMILIES = {
     "llama-eager-narrow": Family(attention="eager"),
     "qwen2": Family("Qwen2", settings=WIDE),
     "mistral": Family("Mistral", settings=WIDE | {"sliding_window": None}),
+    "mistral-window": Family("Mistral", settings=WIDE | {"sliding_window": 5}),
+    "gemma2": Family("Gemma2", attention="eager", settings=WIDE | {"sliding_window": 5}),
+    "qwen3": Family("Qwen3", settings=WIDE),
+    "smollm3": Family("SmolLM3", settings=WIDE | {"no_rope_layers": [1, 0]}),
+    "opt-learned-positions": Family("OPT", settings={"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "neox-packed-heads": Family("GPTNeoX", settings={"rotary_pct": 0.5}),
     "phi3": Family("Phi3", settings={"hidden_size": 64}),
     "gemma": Family("Gemma", settings=WIDE),
     "glm-partial-rope": Family("Glm", settings=WIDE),
@@ -108,20 +114,11 @@ def test_a_folder_with_text_ends_and_context(stories: Path, tmp_path: Path) -> N
     ("family", "words"),
     [
         (
-            Family("Mistral", settings={"sliding_window": 16}),
-            r"its mask is not the plain causal one \(File .*modeling_mistral\.py",
-        ),
-        (
-            # 4,096, the default: nothing says that sequences end before.
-            Family("Mistral"),
-            r"its mask is not the plain causal one \(File .*modeling_mistral\.py",
-        ),
-        (
-            Family("Qwen3"),
-            r"the path is not linear \(a norm or an activation .*modeling_qwen3\.py",
+            Family("Bloom", attention="eager", settings={"n_head": 4, "n_layer": 1}),
+            r"its mask is not the plain causal one \(File .*modeling_bloom\.py",
         ),
     ],
-    ids=["sliding-window", "sliding-window-beyond-the-context", "qk-norm"],
+    ids=["alibi"],
 )
 def test_what_cannot_be_given_a_cache(family: Family, words: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=words) as caught:
