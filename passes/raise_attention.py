@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.evaluate import ancestors
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe
 from fptq_compiler.graph.program import NearMiss, Program, source_line
