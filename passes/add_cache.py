@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from fptq_compiler.passes.place_quantizers import FLOAT_BITS
 
 aten = torch.ops.aten
 MASK = "attention_mask"
+INDEX_AT: dict[Any, int] = {aten.embedding.default: 1, ops.embedding: 0}
+"""Where an embedding has its rows' numbers, of its first two arguments; the other is its table."""
 EXACT = 1e-9  # float64 against a factor that a model wrote down
 
 
@@ -313,8 +315,10 @@ def _learned_positions(program: Program, probe: Probe) -> dict[Node, int]:
     """The embeddings whose rows are the positions, and the row of the first one."""
     ids = _ids(program)
     found = {}
-    for node in program.call_nodes(aten.embedding.default):
-        index = node.args[1]
+    for node in program.graph.nodes:
+        if node.target not in INDEX_AT:
+            continue
+        index = node.args[INDEX_AT[node.target]]
         assert isinstance(index, Node)
         behind = set(ancestors(index))
         if ids not in behind or index is ids:
@@ -337,17 +341,16 @@ def _follow_positions(
         rows = positions
         if first:
             rows = call(program.graph, node, aten.add.Tensor, (positions, first), like=positions)
-        node.args = (node.args[0], rows, *node.args[2:])
+        node.update_arg(INDEX_AT[node.target], rows)
         _check_rows(program, node, first + length)
     program.graph.eliminate_dead_code()
     for node in list(program.graph.nodes):
         if node.target is not aten.arange.default or node is positions:
             continue
         count = node.args[0]
-        if isinstance(count, Node) and _reads_batch(count, ids):
-            continue  # it numbers the tokens of all rows, as a router does
-        counts = isinstance(count, Node) and count.args == (ids, 1)
-        if not counts or count.target is not aten.sym_size.int:
+        if not isinstance(count, Node) or _reads_batch(count, ids):
+            continue  # it numbers experts, or the tokens of all rows, as a router does
+        if count.args != (ids, 1) or count.target is not aten.sym_size.int:
             _refuse(node, "it counts something that is not the positions of the input")
         for row in [r for r in node.users if r.target is aten.unsqueeze.default]:
             if row.args[1] == 0:  # (1, S), a row for all of the batch, becomes (B, S)
@@ -355,7 +358,7 @@ def _follow_positions(
         if node.users:
             replace(node, positions)
     for reader in positions.users:
-        if reader.target is aten.embedding.default:
+        if reader.target in INDEX_AT:
             _check_rows(program, reader, length)
 
 
@@ -366,7 +369,7 @@ def _reads_batch(count: Node, ids: Node) -> bool:
 
 
 def _check_rows(program: Program, embedding: Node, needed: int) -> None:
-    table = embedding.args[0]
+    table = embedding.args[1 - INDEX_AT[embedding.target]]
     assert isinstance(table, Node)
     rows = program.held(str(table.target)).shape[0]
     if rows < needed:
