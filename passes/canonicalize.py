@@ -132,6 +132,8 @@ def _drop(node: Node) -> bool:
     if node.target is aten._unsafe_view.default:
         node.target = aten.reshape.default  # the copy in front, whose strides it took, goes
         return False
+    if node.target is aten.chunk.default:
+        return _spell_sizes(node, source)
     dead = bool(
         node.target in COPIES
         or (node.target is aten.dropout.default and not node.args[2])
@@ -142,6 +144,18 @@ def _drop(node: Node) -> bool:
     if dead:
         replace(node, source)
     return dead
+
+
+def _spell_sizes(chunk: Node, source: Node) -> bool:
+    """A number of chunks of known size is a split: ONNX has one operator for that."""
+    count, axis = chunk.args[1], chunk.args[2] if len(chunk.args) > 2 else 0
+    size = source.meta["val"].shape[axis]
+    if not isinstance(size, int) or not isinstance(count, int) or size % count:
+        return False
+    arguments = (source, [size // count] * count, axis)
+    split = aten.split_with_sizes.default
+    replace(chunk, call(chunk.graph, chunk, split, arguments, like=chunk))
+    return True
 
 
 def _free_views(program: Program) -> None:

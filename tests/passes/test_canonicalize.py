@@ -80,6 +80,29 @@ def test_numbers() -> None:
     assert change(captured(ONE), Canonicalize()) == 0
 
 
+class Halves(nn.Module):
+    """A table cut in two by a number of chunks."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__()
+        self.table, self.chunks = nn.Embedding(10, 6), chunks
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first, *_, last = self.table(ids).chunk(self.chunks, -1)
+        return first[..., :1] - last[..., :1]
+
+
+@pytest.mark.parametrize(("chunks", "sizes"), [(2, "[3, 3]"), (3, "[2, 2, 2]"), (4, "")])
+def test_chunks_of_known_size_are_a_split(chunks: int, sizes: str) -> None:
+    """Four chunks of six are three; that stays as it is."""
+    program = _program(Halves(chunks))
+    ids = torch.arange(10).view(2, 5)
+    before = program.run(ids)
+    run(program, Canonicalize())
+    assert (f"split_with_sizes(embedding, {sizes}, -1)" in dump(program.module)) == bool(sizes)
+    assert torch.equal(program.run(ids), before)
+
+
 def test_near_miss_a_change_in_place_is_refused() -> None:
     program = captured(ONE)
     product = program.node("mul_5")

@@ -80,9 +80,9 @@ sum_dim_int_list = sum.dim_IntList(mul_tensor, [1])
 
 EXPERT = """
 linear_default_2 = linear(reshape_2, %model.layers.0.mlp.1.up.weight)
-chunk_2 = chunk(linear_default_2, 2, -1)
-getitem_6 = getitem(chunk_2, 0)
-getitem_7 = getitem(chunk_2, 1)
+split_with_sizes_default_2 = split_with_sizes(linear_default_2, [10, 10], -1)
+getitem_6 = getitem(split_with_sizes_default_2, 0)
+getitem_7 = getitem(split_with_sizes_default_2, 1)
 silu_2 = silu(getitem_6)
 mul_8 = mul(silu_2, getitem_7)
 linear_default_3 = linear(mul_8, %model.layers.0.mlp.1.down.weight)
