@@ -14,31 +14,27 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import cache_ops, ops
-from fptq_compiler.graph.evaluate import ancestors
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal
-from fptq_compiler.graph.program import InputSpec, Program, source_line
+from fptq_compiler.graph.program import InputSpec, Program
 from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
 from fptq_compiler.passes.attention_core import SOFTMAX, attends
-from fptq_compiler.passes.attention_masks import SIZE_ONLY
 from fptq_compiler.passes.cache_proof import Proof
+from fptq_compiler.passes.cache_refusal import refuse_cache
+from fptq_compiler.passes.follow_positions import follow_positions, learned_positions
 from fptq_compiler.passes.linears import MOVES
 from fptq_compiler.passes.merge_heads import merge_heads
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS
 
 aten = torch.ops.aten
 MASK = "attention_mask"
-INDEX_AT: dict[Any, int] = {aten.embedding.default: 1, ops.embedding: 0}
-"""Where an embedding has its rows' numbers, of its first two arguments; the other is its table."""
 EXACT = 1e-9  # float64 against a factor that a model wrote down
 
 
@@ -65,10 +61,10 @@ class AddCache(Pass):
         probe = Probe(program.module)
         angles = RotaryTables(program.module, probe, self.length)
         for core in cores:
-            _lay_heads_side_by_side(program, probe, core)
-        learned = _learned_positions(program, probe)
+            _lay_heads_side_by_side(probe, core)
         plans = [_plan(program, probe, angles, core) for core in cores]
         ids = _ids(program)
+        learned = learned_positions(program, probe, ids)
         program.inputs = (replace_fields(program.inputs[0], dims=("batch", "sequence")),)
         plain = torch.empty((1, 1), dtype=torch.int64, device="meta")
         mask = _placeholder(program, MASK, plain, ("batch", "total"))
@@ -82,7 +78,7 @@ class AddCache(Pass):
         logits = output.args[0]
         first_output = logits[0] if isinstance(logits, (tuple, list)) else logits
         output.args = ((first_output, *presents),)
-        _follow_positions(program, ids, positions, learned, self.length)
+        follow_positions(program, ids, positions, learned, self.length)
         names = [f"present.{n}.{kind}" for n in range(len(plans)) for kind in ("key", "value")]
         program.outputs = ("logits", *names)
         program.module.recompile()
@@ -97,7 +93,7 @@ def _refuse_unraised(program: Program, cores: list[Node]) -> None:
         return
     misses = [m.reason for m in program.near_misses if m.what == "attention"]
     where = left[0] if left else next(iter(program.graph.nodes))
-    _refuse(where, misses[0] if misses else "it was not recognised as attention")
+    refuse_cache(where, misses[0] if misses else "it was not recognised as attention")
 
 
 @dataclass(frozen=True)
@@ -135,22 +131,22 @@ def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _
     assert isinstance(k, Node)
     assert isinstance(v, Node)
     if mask is not None or not causal:
-        _refuse(core, "its mask is not the plain causal one")
+        refuse_cache(core, "its mask is not the plain causal one")
     key, value = _stored(program, k), _stored(program, v)
     heads = [_head_map(probe, x) for x in (q, key.operand, value.operand)]
     of_q, of_k = _table(angles, heads[0], q), _table(angles, heads[1], key.operand)
     if (of_q is None) != (of_k is None) or (of_q and of_k and not of_q.equals(of_k)):
-        _refuse(core, "queries and keys are not rotated alike")
+        refuse_cache(core, "queries and keys are not rotated alike")
     if heads[2].layout.style != "none":
-        _refuse(value.operand, "the values are rotated")
+        refuse_cache(value.operand, "the values are rotated")
     if abs(heads[2].factor - 1.0) > EXACT:
-        _refuse(value.operand, f"the values are multiplied by {heads[2].factor}")
+        refuse_cache(value.operand, f"the values are multiplied by {heads[2].factor}")
     if probe.region.shape(key.operand) != probe.region.shape(value.operand):
-        _refuse(value.operand, "keys and values differ in heads or channels")
+        refuse_cache(value.operand, "keys and values differ in heads or channels")
     return _Plan(core, heads[0], heads[1], heads[2], key, value, of_q, _merge_end(probe, core))
 
 
-def _lay_heads_side_by_side(program: Program, probe: Probe, core: Node) -> None:
+def _lay_heads_side_by_side(probe: Probe, core: Node) -> None:
     """Give every operand a value (B, S, H·D) to be read from, where it has none."""
     for position in range(3):
         operand = core.args[position]
@@ -164,7 +160,7 @@ def _lay_heads_side_by_side(program: Program, probe: Probe, core: Node) -> None:
 def _head_map(probe: Probe, operand: Node) -> HeadMap:
     found = head_map(probe, operand)
     if isinstance(found, Refusal):
-        _refuse(found.node or operand, found.reason)
+        refuse_cache(found.node or operand, found.reason)
     return found
 
 
@@ -173,24 +169,15 @@ def _table(
 ) -> Rotary | None:
     found = angles.of(mapped, operand)
     if isinstance(found, Refusal):
-        _refuse(found.node or operand, found.reason)
+        refuse_cache(found.node or operand, found.reason)
     return found
-
-
-def _refuse(node: Node, reason: str) -> NoReturn:
-    source = source_line(node)
-    message = (
-        f"--kv-cache: attention at {node.name} cannot be given a cache: {reason}"
-        f"{f' ({source})' if source else ''}. Compile without --kv-cache."
-    )
-    raise UnsupportedModelError(message)
 
 
 def _stored(program: Program, operand: Node) -> _Stored:
     """Look behind the quantiser, whose grid must be symmetric: that is what a cache holds."""
     if operand.target is ops.fake_quantize:
         zero_point = operand.args[2]
-        _refuse(operand, f"its grid has a zero-point, {zero_point}, expected a symmetric one")
+        refuse_cache(operand, f"its grid has a zero-point, {zero_point}, expected a symmetric one")
     if operand.target is not cache_ops.stored:
         return _Stored(operand, None, FLOAT_BITS)
     source, scale, bits = operand.args
@@ -294,7 +281,7 @@ def _merge_end(probe: Probe, core: Node) -> Node | None:
 def _ids(program: Program) -> Node:
     inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
     if len(inputs) != 1:
-        _refuse(inputs[-1], "the model has further inputs; export it with token ids only")
+        refuse_cache(inputs[-1], "the model has further inputs; export it with token ids only")
     ids: Node = inputs[0]
     return ids
 
@@ -309,68 +296,3 @@ def _placeholder(
     node.meta["val"] = value
     program.inputs = (*program.inputs, InputSpec(name, value.dtype, dims))
     return node
-
-
-def _learned_positions(program: Program, probe: Probe) -> dict[Node, int]:
-    """The embeddings whose rows are the positions, and the row of the first one."""
-    ids = _ids(program)
-    found = {}
-    for node in program.graph.nodes:
-        if node.target not in INDEX_AT:
-            continue
-        index = node.args[INDEX_AT[node.target]]
-        assert isinstance(index, Node)
-        behind = set(ancestors(index))
-        if ids not in behind or index is ids:
-            continue
-        if any(r in behind and r.target not in SIZE_ONLY for r in ids.users):
-            continue
-        rows = probe.region.value(index, {})
-        first = int(rows.flatten()[0])
-        counted = torch.arange(first, first + rows.shape[-1])
-        if bool((rows == counted).all()):
-            found[node] = first
-    return found
-
-
-def _follow_positions(
-    program: Program, ids: Node, positions: Node, learned: dict[Node, int], length: int
-) -> None:
-    """What still counts positions from 0 counts as the mask does."""
-    for node, first in learned.items():
-        rows = positions
-        if first:
-            rows = call(program.graph, node, aten.add.Tensor, (positions, first), like=positions)
-        node.update_arg(INDEX_AT[node.target], rows)
-        _check_rows(program, node, first + length)
-    program.graph.eliminate_dead_code()
-    for node in list(program.graph.nodes):
-        if node.target is not aten.arange.default or node is positions:
-            continue
-        count = node.args[0]
-        if not isinstance(count, Node) or _reads_batch(count, ids):
-            continue  # it numbers experts, or the tokens of all rows, as a router does
-        if count.args != (ids, 1) or count.target is not aten.sym_size.int:
-            _refuse(node, "it counts something that is not the positions of the input")
-        for row in [r for r in node.users if r.target is aten.unsqueeze.default]:
-            if row.args[1] == 0:  # (1, S), a row for all of the batch, becomes (B, S)
-                replace(row, positions)
-        if node.users:
-            replace(node, positions)
-    for reader in positions.users:
-        if reader.target in INDEX_AT:
-            _check_rows(program, reader, length)
-
-
-def _reads_batch(count: Node, ids: Node) -> bool:
-    return any(
-        n.target is aten.sym_size.int and n.args == (ids, 0) for n in ancestors(count)
-    )
-
-
-def _check_rows(program: Program, embedding: Node, needed: int) -> None:
-    table = embedding.args[1 - INDEX_AT[embedding.target]]
-    assert isinstance(table, Node)
-    rows = program.held(str(table.target)).shape[0]
-    if rows < needed:
-        _refuse(embedding, f"its table has {rows} positions; give --max-length {rows}")

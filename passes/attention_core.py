@@ -7,6 +7,7 @@ is then proved by running it (raise_attention), so that this reading may be wron
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
-from fptq_compiler.graph.evaluate import Region, ancestors, run_node
+from fptq_compiler.graph.evaluate import Region, run_node
 from fptq_compiler.graph.patterns import words
 from fptq_compiler.graph.surgery import call
 from fptq_compiler.passes.canonicalize import CASTS
@@ -31,7 +32,7 @@ ADD = (aten.add.Tensor, aten.add.Scalar)
 SUBTRACT = (aten.sub.Tensor, aten.sub.Scalar)
 FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
-BARRIERS = (LINEAR, *SOFTMAX, ops.attention, ops.rms_norm, aten.layer_norm.default)
+BARRIERS = (LINEAR, aten.embedding.default, *SOFTMAX, ops.attention)
 HIDDEN = -1e4
 """Scores below this count as hidden."""
 
@@ -129,7 +130,7 @@ def activations(node: Node) -> bool:
     return any(
         n.target in (LINEAR, aten.embedding.default)
         or (n.op == "placeholder" and n.meta["val"].is_floating_point())
-        for n in ancestors(node)
+        for n in _behind(node)
     )
 
 
@@ -158,8 +159,20 @@ def _is_product(node: Node) -> bool:
 
 
 def _holds_product(node: Any) -> bool:
-    behind = ancestors(node, (n for n in ancestors(node) if n.target in BARRIERS))
-    return any(_is_product(n) for n in behind)
+    return any(_is_product(n) for n in _behind(node) if n.target not in BARRIERS)
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """What `node` is computed from, itself first, up to linear layers and the like."""
+    stack, seen = [node], set()
+    while stack:
+        found = stack.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        yield found
+        if found.target not in BARRIERS:
+            stack.extend(found.all_input_nodes)
 
 
 def _mixing(softmax: Node) -> Node:

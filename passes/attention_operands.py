@@ -55,12 +55,14 @@ def source_of(probe: Probe, operand: Node) -> Operand:
 def _sources(probe: Probe, operand: Node) -> Iterator[Operand]:
     shape = probe.region.shape(operand)
     stop = [n for n in ancestors(operand) if n.target in BARRIERS]
-    for node in ancestors(operand, stop):
+    between = ancestors(operand, stop)
+    known = _random_values(probe, [n for n in stop if not n.users.keys().isdisjoint(between)])
+    for node in between:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
             continue
         if node is not operand and _is_small(probe, node, shape):
-            yield from _as_source(probe, node, operand, shape)
+            yield from _as_source(probe, node, operand, known)
     yield Operand(operand, UNMOVED, shape[1], 1.0)
 
 
@@ -73,13 +75,23 @@ def _is_small(probe: Probe, node: Node, shape: tuple[int, ...]) -> bool:
     )
 
 
+def _random_values(probe: Probe, nodes: list[Node]) -> dict[Node, Tensor]:
+    found = {}
+    for index, node in enumerate(nodes):
+        generator = torch.Generator().manual_seed(index)
+        size = probe.region.shape(node)
+        found[node] = torch.randn(size, generator=generator, dtype=torch.float64)
+    return found
+
+
 def _as_source(
-    probe: Probe, node: Node, operand: Node, shape: tuple[int, ...]
+    probe: Probe, node: Node, operand: Node, known: dict[Node, Tensor]
 ) -> Iterator[Operand]:
+    shape = probe.region.shape(operand)
     generator = torch.Generator().manual_seed(9)
     size = probe.region.shape(node)
     values = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
-    found = probe.region.value(operand, {node: values})
+    found = probe.region.value(operand, {**known, node: values})
     for order in (UNMOVED, *permutations(range(4))):
         moved = values.permute(order)
         if shape[1] % moved.shape[1] or moved.shape[::2] != found.shape[::2]:
@@ -97,11 +109,7 @@ def common_repeat(probe: Probe, operands: tuple[Node, Node]) -> int:
     """How often both operands (B, H, T, D) hold every head next to itself."""
     values = []
     for operand in operands:
-        bound = {}
-        for index, linear in enumerate(linears(operand)):
-            generator = torch.Generator().manual_seed(index)
-            size = probe.region.shape(linear)
-            bound[linear] = torch.randn(size, generator=generator, dtype=torch.float64)
+        bound = _random_values(probe, linears(operand))
         values.append(probe.region.value(operand, bound))
     heads = values[0].shape[1]
     for repeat in range(heads, 1, -1):
@@ -118,8 +126,8 @@ def _is_repeated(x: Tensor, repeat: int) -> bool:
 def linears(operand: Node) -> list[Node]:
     """The linear layers that an operand comes from."""
     stop = [n for n in ancestors(operand) if n.target is LINEAR]
-    reached = {x for n in ancestors(operand, stop) for x in n.all_input_nodes}
-    return [n for n in stop if n in reached]
+    between = set(ancestors(operand, stop))
+    return [n for n in stop if n is operand or not n.users.keys().isdisjoint(between)]
 
 
 def every(before: Node, x: Node, repeat: int) -> Node:

@@ -538,7 +538,7 @@ def test_a_factor_that_stays_with_row_0_of_every_run_shows(
 ) -> None:
     program = protected()
     expected = whole(program)
-    monkeypatch.setattr(add_cache, "_follow_positions", lambda *_: None)
+    monkeypatch.setattr(add_cache, "follow_positions", lambda *_: None)
     run(program, CACHE)  # the proof runs without quantisers, where the factor cancels
     assert relative_error(decoded(program), expected) > VISIBLE
 
@@ -562,6 +562,11 @@ class Learned(nn.Module):
             x = x + functional.embedding(torch.arange(0, length), self.table)
         elif self.spelling == "count":
             x = x + functional.embedding(torch.arange(2 * length)[::2], self.table)
+        elif self.spelling == "offset":  # OPT
+            counted = torch.ones_like(input_ids).cumsum(1)
+            x = x + functional.embedding(counted + 1, self.table)
+        elif self.spelling == "indexed":
+            x = x + self.table[torch.ones(length, dtype=torch.int64).cumsum(0)]
         else:
             x = x + self.table[:length]
         for layer in decoder.layers:
@@ -573,18 +578,18 @@ def learned(spelling: str) -> Program:
     return exported_module(Learned(spelling), make_tokens(ONE, 2, 7), *FIND_SITES)
 
 
-def test_learned_positions_follow_the_cache() -> None:
-    program = learned("default")
+@pytest.mark.parametrize("spelling", ["default", "start", "offset", "slice"])
+def test_learned_positions_follow_the_cache(spelling: str) -> None:
+    program = learned(spelling)
     expected = whole(program)
     run(program, CACHE)
     assert relative_error(decoded(program), expected) < EXACT
 
 
-@pytest.mark.parametrize("spelling", ["start", "slice"])
-def test_positions_in_a_spelling_that_is_not_followed_fail_the_proof(spelling: str) -> None:
+def test_positions_in_a_spelling_that_is_not_followed_fail_the_proof() -> None:
     words = "the logits of the second chunk differ by .*in a way that the rewrite does not follow"
     with pytest.raises(VerificationError, match=words):
-        run(learned(spelling), CACHE)
+        run(learned("indexed"), CACHE)
 
 
 def test_what_counts_something_else_is_refused() -> None:
@@ -645,7 +650,7 @@ def positions_that_count_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 def padding_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that only hides the future."""
 
-    def visible(mask: Tensor, queries: int) -> Tensor:
+    def visible(mask: Tensor, queries: int, window: int = 0) -> Tensor:
         ones = torch.ones(mask.shape[0], 1, queries, mask.shape[1], dtype=torch.bool)
         return ones.tril(mask.shape[1] - queries)
 
@@ -653,7 +658,7 @@ def padding_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def future_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
-    def visible(mask: Tensor, queries: int) -> Tensor:
+    def visible(mask: Tensor, queries: int, window: int = 0) -> Tensor:
         return (mask != 0)[:, None, None, :].expand(-1, 1, queries, -1)
 
     monkeypatch.setattr(cache_ops, "visible", visible)
@@ -709,7 +714,7 @@ def test_padding_that_counts_shows_where_positions_are_learned(
 
 def test_positions_left_as_they_are_fail_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     program = learned("default")
-    monkeypatch.setattr(add_cache, "_follow_positions", lambda *_: None)
+    monkeypatch.setattr(add_cache, "follow_positions", lambda *_: None)
     with pytest.raises(VerificationError, match="the logits of the second chunk differ by"):
         run(program, CACHE)
 
