@@ -15,6 +15,8 @@ from torch.export import ExportedProgram
 from fptq_compiler.calibration import calibration_ids
 from fptq_compiler.capture import capture, load_example_inputs
 from fptq_compiler.capture.source import Captured
+from fptq_compiler.drawing.make import Draft, make_scene
+from fptq_compiler.drawing.page import check_form, write_drawing
 from fptq_compiler.explain import (
     explain_misses,
     explain_quantizers,
@@ -210,13 +212,25 @@ def _unique_parameters(program: Program) -> list[Tensor]:
 
 
 def inspect_file(
-    model: Path, *, trust_pickle: bool = False, example_inputs: Path | None = None
+    model: Path,
+    *,
+    trust_pickle: bool = False,
+    example_inputs: Path | None = None,
+    graph: Path | None = None,
 ) -> Inspection:
     """Find the sites of a model and what they allow, without compiling it.
 
+    Args:
+        model: file or folder.
+        trust_pickle: allow loading that runs code from the file.
+        example_inputs: token ids for a pickled module.
+        graph: an .html or .svg to draw the model to.
+
     Raises:
-        FptqError: the model cannot be read, or has no site at all.
+        FptqError: the model cannot be read, or has no site at all; the drawing cannot be written.
     """
+    if graph is not None:
+        check_form(graph)
     rows: list[StageRow] = []
     examples = load_example_inputs(example_inputs) if example_inputs else None
     with StageClock("capture", rows):
@@ -230,8 +244,9 @@ def inspect_file(
     run_passes(program, FIND_SITES)
     refuse_without_sites(program)
     unknown, sources = unrecognised(program), source_lines(program)
+    draft = Draft(program) if graph is not None else None
     prepare(program, Recipe())
-    return Inspection(
+    found = Inspection(
         model=model.name,
         export=cost,
         sites=explain_sites(program, sources),
@@ -240,6 +255,9 @@ def inspect_file(
         quantizers=explain_quantizers(program),
         versions=collect_versions(),
     )
+    if graph is not None and draft is not None:
+        write_drawing(make_scene(draft, program, found), graph)
+    return found
 
 
 def original_logits(

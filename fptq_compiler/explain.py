@@ -158,7 +158,7 @@ def _shape(site: Site | None) -> dict[str, Any]:
             }
         case MlpSite():
             return {
-                "width": site.width, "gated": site.gate is not None,
+                "width": site.width, "gated": site.gated,
                 "activation": site.activation, "packed": _packed(site.up, site.gate),
             }
         case None:

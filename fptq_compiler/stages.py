@@ -61,13 +61,14 @@ def take_in(
         folder: where rewritten weights of such a program are kept; None is memory.
 
     Raises:
-        UnsupportedModelError: a captured cache, or input, that cannot be taken out; inputs
-            without a plain value; a first output that is no logits.
+        UnsupportedModelError: nothing embeds token ids; a captured cache, or input, that cannot
+            be taken out; inputs without a plain value; a first output that is no logits.
         VerificationError: what is left computes something else.
     """
     program = unlift(exported)
     if sources:
         bind_sources(program.module, sources, folder)
+    vocabulary_of(program)
     refuse_outputs(program)
     run_passes(program, (StripCache(),))
     refuse_inputs(program)

@@ -40,7 +40,7 @@ def site_rows(program: Program) -> list[SiteRow]:
         shape = _attention_shape(attention)
         rows.append(_row(program, attention.name, "attention", shape, attention.refused))
     for mlp in program.sites.mlp:
-        gated = f"gated by {mlp.activation}" if mlp.gate is not None else mlp.activation
+        gated = f"gated by {mlp.activation}" if mlp.gated else mlp.activation
         shape = f"width {mlp.width}, {gated}"
         rows.append(_row(program, mlp.name, "mlp", shape, mlp.refused))
     return rows

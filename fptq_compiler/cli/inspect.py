@@ -15,6 +15,13 @@ from fptq_compiler.cli.entry import EXIT_CODES, Settings, run, version_text
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
+    "--graph",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html|.svg",
+    help="Draw the model, as the default recipe would compile it: blocks, sites, transforms, "
+    "quantisers. The file needs no network and no script.",
+)
+@click.option(
     "--trust-pickle",
     is_flag=True,
     help="Read a model that is, or holds, a pickle. A pickle runs code: only from someone "
@@ -34,6 +41,7 @@ def command(
     *,
     model: Path,
     as_json: bool,
+    graph: Path | None,
     trust_pickle: bool,
     example_inputs: Path | None,
     verbose: bool,
@@ -52,7 +60,7 @@ def command(
 
     with listening(settings.verbosity):
         found = driver.inspect_file(
-            model, trust_pickle=trust_pickle, example_inputs=example_inputs
+            model, trust_pickle=trust_pickle, example_inputs=example_inputs, graph=graph
         )
     if as_json:
         click.echo(found.to_json())

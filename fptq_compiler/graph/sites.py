@@ -86,6 +86,11 @@ class MlpSite:
     activation: str
     refused: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def gated(self) -> bool:
+        """Whether one projection's activation multiplies another projection."""
+        return self.up is not None and self.gate is not None
+
 
 @dataclass(frozen=True)
 class Branch:

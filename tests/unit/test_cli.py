@@ -287,7 +287,9 @@ def test_inspect_prints_tables_or_json(
     assert "capturing it took 1.2 s and gave 812 nodes" in capsys.readouterr().out
     assert run(inspect_cli.command, [str(model), "--json", "--trust-pickle"]) == 0
     assert json.loads(capsys.readouterr().out)["export"]["parameters"] == 1_000_000
-    assert driver.calls[1][1] == {"trust_pickle": True, "example_inputs": None}
+    assert driver.calls[1][1] == {
+        "trust_pickle": True, "example_inputs": None, "graph": None,
+    }
 
 
 def test_eval_of_an_original_model(
