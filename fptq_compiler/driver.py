@@ -18,11 +18,11 @@ from fptq_compiler.capture.source import Captured
 from fptq_compiler.drawing.make import Draft, make_scene
 from fptq_compiler.drawing.page import check_form, write_drawing
 from fptq_compiler.explain import (
+    AsFound,
     explain_misses,
     explain_quantizers,
     explain_sites,
     prepare,
-    source_lines,
 )
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
@@ -243,13 +243,13 @@ def inspect_file(
     cost = ExportCost(rows[0].seconds, nodes, numbers, _parameter_bytes(program))
     run_passes(program, FIND_SITES)
     refuse_without_sites(program)
-    unknown, sources = unrecognised(program), source_lines(program)
+    unknown, as_found = unrecognised(program), AsFound.of(program)
     draft = Draft(program) if graph is not None else None
     prepare(program, Recipe())
     found = Inspection(
         model=model.name,
         export=cost,
-        sites=explain_sites(program, sources),
+        sites=explain_sites(program, as_found),
         near_misses=explain_misses(program),
         unrecognised=tuple(unknown),
         quantizers=explain_quantizers(program),

@@ -6,6 +6,7 @@ pass refuses counts as refused. That rewrites the program.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fptq_compiler.graph.pipeline import run_passes
@@ -38,23 +39,46 @@ def prepare(program: Program, recipe: Recipe) -> None:
     run_passes(program, (*steps, quantizer_placement(recipe)))
 
 
-def explain_sites(program: Program, sources: dict[str, str]) -> tuple[InspectedSite, ...]:
+@dataclass(frozen=True)
+class AsFound:
+    """What is known before the insertion: words and shapes of the sites, and source lines."""
+
+    rows: tuple[SiteRow, ...]
+    sites: tuple[Site, ...]
+    sources: dict[str, str]
+
+    @classmethod
+    def of(cls, program: Program) -> AsFound:
+        """Take down a program whose sites are found."""
+        sources = {n.name: source_line(n) for n in program.graph.nodes}
+        return cls(tuple(site_rows(program)), _sites(program), sources)
+
+
+def _sites(program: Program) -> tuple[Site, ...]:
+    """The sites in the order of their rows."""
+    sites = program.sites
+    residual = () if sites.residual is None else (sites.residual,)
+    return (*residual, *sites.attention, *sites.mlp)
+
+
+def explain_sites(program: Program, found: AsFound) -> tuple[InspectedSite, ...]:
     """One record a site.
 
     Args:
         program: with everything inserted, as `prepare` leaves it.
-        sources: source line of every node, from before the insertion.
+        found: the same program before that.
     """
     reasons = _Reasons(program)
-    residual = program.sites.residual
-    named: dict[str, Site] = {site.name: site for site in program.sites.attention}
-    named |= {site.name: site for site in program.sites.mlp}
-    if residual is not None:
-        named["residual"] = residual
-    rows = site_rows(program)
-    if residual is None:
-        rows.insert(0, SiteRow("residual", "residual", "not recognised"))
-    return tuple(_explain(program, row, named.get(row.name), reasons, sources) for row in rows)
+    records = [
+        _explain(program, row, before, words.shape, site, reasons, found.sources)
+        for row, words, before, site in zip(
+            site_rows(program), found.rows, found.sites, _sites(program), strict=True
+        )
+    ]
+    if program.sites.residual is None:
+        row = SiteRow("residual", "residual", "not recognised")
+        records.insert(0, _explain(program, row, None, row.shape, None, reasons, found.sources))
+    return tuple(records)
 
 
 def explain_misses(program: Program) -> tuple[InspectedMiss, ...]:
@@ -102,6 +126,8 @@ class _Reasons:
 def _explain(
     program: Program,
     row: SiteRow,
+    before: Site | None,
+    words: str,
     site: Site | None,
     reasons: _Reasons,
     sources: dict[str, str],
@@ -117,7 +143,7 @@ def _explain(
             reason = site.refused.get(transform, "a projection was not found")
             verdicts[transform] = _refusal(reasons.find(transform, reason), reason, node)
     return InspectedSite(
-        row.name, row.kind, node, SourceLine.read(sources.get(node, "")), _shape(site), row.shape,
+        row.name, row.kind, node, SourceLine.read(sources.get(node, "")), _shape(before), words,
         verdicts, _quantizers(program, site),
     )
 
@@ -194,7 +220,3 @@ def _quantizers(program: Program, site: Site | None) -> tuple[str, ...]:
     names += [q.module for q in program.activation_quantizers if readers & set(q.readers)]
     return tuple(names)
 
-
-def source_lines(program: Program) -> dict[str, str]:
-    """The source line of every node, by name."""
-    return {n.name: source_line(n) for n in program.graph.nodes}

@@ -88,6 +88,7 @@ class Cell:
 
 
 Row = dict[str, Cell]
+NO_SITE = "no site has it"
 NOT_REACHED = Cell("–")
 ENCODER = Cell("–", "an encoder: its sites are found, files are written of causal models only")
 
@@ -177,7 +178,7 @@ class Run:
         for symbol, transform_name in TRANSFORMS.items():
             of = self._possible(program, transform_name)
             count = applied.get(transform_name, 0)
-            reason = "" if count == of else self._reasons.get(transform_name, "no site has it")
+            reason = "" if count == of else self._reasons.get(transform_name) or NO_SITE
             self.cells[symbol] = Cell(f"{count}/{of}", reason)
         inserted = {k: v for k, v in report.preserved.items() if k not in ROUNDING}
         worst = max(inserted.values())

@@ -23,11 +23,11 @@ from fptq_compiler.drawing.page import page
 from fptq_compiler.drawing.scene import INPUT, BlockScene, Box, Chip, Run, Scene
 from fptq_compiler.drawing.svg import draw
 from fptq_compiler.explain import (
+    AsFound,
     explain_misses,
     explain_quantizers,
     explain_sites,
     prepare,
-    source_lines,
 )
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.inspection import ExportCost, Inspection
@@ -49,10 +49,10 @@ CONFIGS = {
 def scene_of(exported: torch.export.ExportedProgram) -> Scene:
     program = look_into(exported)
     run_passes(program, FIND_SITES)
-    draft, sources = Draft(program), source_lines(program)
+    draft, as_found = Draft(program), AsFound.of(program)
     prepare(program, Recipe())
     found = Inspection(
-        "toy.pt2", ExportCost(1.0, 110, 13_448, 53_792), explain_sites(program, sources),
+        "toy.pt2", ExportCost(1.0, 110, 13_448, 53_792), explain_sites(program, as_found),
         explain_misses(program), (), explain_quantizers(program),
     )
     return make_scene(draft, program, found)

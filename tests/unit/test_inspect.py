@@ -154,3 +154,11 @@ def test_the_command_prints_text_or_json(
         "style": "half-split", "channels": 8, "scale": 1.0,
     }
     assert all(v["applies"] for s in content["sites"] for v in s["transforms"].values())
+
+
+def test_the_model_is_told_as_it_is_not_as_it_becomes(tmp_path: Path) -> None:
+    """A tied head is untied to see what applies, and is a tied head all the same."""
+    found = inspect_file(archive(tmp_path / "toy.pt2", export_toy(ToyConfig(layers=1, tied=True))))
+    assert found.sites[0].words == "width 24, 3 norms, tied head"
+    assert found.sites[0].shape["tied_head"] is True
+    assert found.sites[0].transforms["residual"].applies
