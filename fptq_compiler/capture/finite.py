@@ -45,6 +45,8 @@ def count_non_finite(tensor: torch.Tensor, *, allow_infinity: bool) -> int:
     wrong = 0
     for start in range(0, flat.numel(), _CHUNK):
         piece = flat[start : start + _CHUNK]
+        if bool(torch.stack(torch.aminmax(piece)).isfinite().all()):  # NaN is both, and it is fast
+            continue
         bad = torch.isnan(piece) if allow_infinity else ~torch.isfinite(piece)
         wrong += int(bad.sum())
     return wrong

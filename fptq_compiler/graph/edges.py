@@ -14,34 +14,43 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.rows import Rows
 from fptq_compiler.graph.surgery import add_module, call_module, set_parameter
 from fptq_compiler.transforms import Map, Port, Side
 from fptq_compiler.transforms import port as ports_module
 from fptq_compiler.transforms.dense import shared_evaluation
 
-PIECE = 1 << 22
-"""Values of a weight whose rows are independent that are folded at a time."""
+
+class Edge(nn.Module):
+    """What stands between a parameter and its readers until it is folded.
+
+    Attributes:
+        side: which side of the parameter it changes.
+    """
+
+    side: Side
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it acts on each row of a weight alone."""
+        return self.side is not Side.OUT
 
 
-class WeightEdge(nn.Module):
+class WeightEdge(Edge):
     """Applies a map at a port: weight (as in the checkpoint) -> weight of the same shape."""
 
     def __init__(self, transform: Map, port: Port) -> None:
         super().__init__()
         self.transform = transform
         self.port = port
-
-    @property
-    def side(self) -> Side:
-        """Which side of the parameter changes."""
-        return self.port.side
+        self.side = port.side
 
     def forward(self, weight: Tensor) -> Tensor:
         """The transformed weight."""
         return ports_module.apply(self.transform, self.port, weight)
 
 
-class GainEdge(nn.Module):
+class GainEdge(Edge):
     """Takes in a norm's gain: W' = W diag(gain), for W (out, in) and gain (in,)."""
 
     side = Side.IN
@@ -56,7 +65,7 @@ class GainEdge(nn.Module):
         return weight * gain.to(weight.dtype)
 
 
-class ShiftEdge(nn.Module):
+class ShiftEdge(Edge):
     """Takes in a norm's bias β: b' = b + W β, for a linear's bias b (out,) and its W β."""
 
     side = Side.OUT
@@ -71,7 +80,7 @@ class ShiftEdge(nn.Module):
         return bias + self.get_buffer("shift").to(bias.dtype)
 
 
-class CenterEdge(nn.Module):
+class CenterEdge(Edge):
     """Takes out the mean over the channels, for a parameter that writes the residual stream."""
 
     def __init__(self, side: Side) -> None:
@@ -83,9 +92,6 @@ class CenterEdge(nn.Module):
         """The parameter that writes values of mean zero."""
         axis = 0 if self.side is Side.OUT else -1
         return weight - weight.mean(axis, keepdim=True)
-
-
-Edge = WeightEdge | GainEdge | ShiftEdge | CenterEdge
 
 
 class OnlineEdge(nn.Module):
@@ -207,16 +213,16 @@ def weight_end(program: Program, node: Node) -> Node | None:
 
 
 def _folded(weight: Tensor, edges: Sequence[Edge]) -> Tensor:
-    """What the edges make of a weight in float64, a vocabulary a few rows at a time."""
-    independent = weight.dim() > 1 and all(edge.side is not Side.OUT for edge in edges)
-    step = max(1, PIECE // weight[0].numel()) if independent else weight.shape[0]
-    folded = torch.empty_like(weight)
-    for rows, result in zip(torch.split(weight, step), torch.split(folded, step), strict=True):
-        value = rows.double()
+    """What the edges make of a weight in float64, a few rows at a time where that can be."""
+    if weight.dim() == 2 and all(edge.by_rows for edge in edges):
+        rows = Rows(weight, torch.float64)
         for edge in edges:
-            value = edge(value)
-        result.copy_(value)
-    return folded
+            rows = rows.through(edge)
+        return torch.cat([piece.to(weight.dtype) for piece in rows.pieces()])
+    value = weight.double()
+    for edge in edges:
+        value = edge(value)
+    return value.to(weight.dtype)
 
 
 def fold(program: Program) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from fptq_compiler.graph.rows import PIECE, Rows
 from fptq_compiler.graph.stored import StoredParameter
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +58,8 @@ def run_node(
             found = attribute(module, str(argument.target))
             if dtype is not None and isinstance(found, fx.GraphModule):
                 return _subgraph(found, dtype)
+            if dtype is not None and _is_long(found):
+                return Rows(found, dtype)
             return _in_precision(found, dtype)
         return environment[argument]
 
@@ -65,6 +68,11 @@ def run_node(
     if dtype is not None:
         args = fx.node.map_aggregate(args, lambda x: _in_precision(x, dtype))
         kwargs = fx.node.map_aggregate(kwargs, lambda x: _in_precision(x, dtype))
+    if dtype is not None and any(isinstance(x, Rows) for x in args):
+        found = _by_rows(module, node, args)
+        if found is not None:
+            return found
+        args = fx.node.map_aggregate(args, lambda x: x.whole() if isinstance(x, Rows) else x)
     if node.op == "call_function":
         is_view = node.target is torch.ops.aten.view.default
         # In another run, on other values, strides may be others.
@@ -79,6 +87,27 @@ def run_node(
         return args[0]
     message = f"node {node.name} has the unexpected kind {node.op}"
     raise ValueError(message)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether it is a weight that is taken a few rows at a time."""
+    return (
+        isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+        and value.numel() > PIECE
+    )
+
+
+def _by_rows(module: fx.GraphModule, node: Node, args: Sequence[Any]) -> Tensor | Rows | None:
+    """The value of a node that takes a weight row by row; None where it needs the whole."""
+    match node.target, args:
+        case torch.ops.aten.linear.default, (Tensor() as x, Rows() as weight, *bias):
+            return weight.linear(x, *bias)
+        case torch.ops.aten.embedding.default, (Rows() as table, Tensor() as ids, *_):
+            return table.embedding(ids)
+        case str(path), (Rows() as weight,) if node.op == "call_module":
+            edge = attribute(module, path)
+            return weight.through(edge) if getattr(edge, "by_rows", False) else None
+    return None
 
 
 def arguments(module: fx.GraphModule, node: Node, environment: Environment) -> Any:

@@ -284,7 +284,7 @@ def _flat(samples: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    if x.numel() == 0 or not bool(torch.isfinite(x).all()):
+    if x.numel() == 0 or not bool(torch.stack(torch.aminmax(x)).isfinite().all()):
         message = f"a range needs at least one value and only finite ones, shape {tuple(x.shape)}"
         raise ValueError(message)
     return x.detach()
