@@ -4,17 +4,23 @@
     python3 tools/benchmark_compile.py --model model.gguf   one real model
 
 Every model is compiled by the command in a process of its own, so that a peak is that model's.
-Synthetic models are Llamas with random weights and SmolLM2's shapes, scaled. The floor beside
-the peak is the float32 weights themselves, which a compilation must hold at least once.
+Synthetic models are Llamas with random weights and SmolLM2's shapes, scaled, in bfloat16; with
+--save-folder they are kept, and taken from there the next time. The floor beside the peak are the
+weights in half precision and three blocks of them. Of the resident memory the anonymous part is
+what the compiler holds; the rest are pages of files, libraries among them, which the system takes
+back when it needs them. --check fails where memory or time do not grow as a line in the layers.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,14 @@ import click
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
 VOCABULARY = 49_152
 TOKENS = (8, 256)
+HALF = 2  # bytes a value
+BLOCKS = 3
+BEND = 0.15  # of the largest value: how far a point may lie from the line through all
+Row = dict[str, Any]
 
 
 def synthetic(folder: Path, layers: int, width: int, vocabulary: int) -> Path:
@@ -32,53 +43,108 @@ def synthetic(folder: Path, layers: int, width: int, vocabulary: int) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    path = folder / f"llama_{layers}x{width}"
+    if (path / "config.json").exists():
+        return path
     torch.manual_seed(0)
     heads = width // 64
     config = LlamaConfig(
         hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 3, head_dim=64,
-        vocab_size=vocabulary, tie_word_embeddings=True,
+        vocab_size=vocabulary, tie_word_embeddings=True, dtype="bfloat16",
     )
-    path = folder / f"llama_{layers}x{width}"
-    LlamaForCausalLM(config).save_pretrained(path)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LlamaForCausalLM(config).save_pretrained(path)
+    finally:
+        torch.set_default_dtype(before)
     return path
 
 
-def measure(
-    model: Path, calibration: Path, folder: Path, bits: str, options: str
-) -> dict[str, Any]:
-    """The report of one compilation in a process of its own."""
+def half_precision_bytes(model: Path) -> tuple[int, int]:
+    """Of the weights of a folder, all and those of one block; zeros where there is no folder."""
+    total = block = 0
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no mapping
+                size = math.prod(opened.get_slice(name).get_shape()) * HALF
+                total += size
+                block += size if ".layers.0." in name else 0
+    return total, block
+
+
+def processor_seconds() -> float:
+    """Of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(model: Path, calibration: Path, folder: Path, bits: str, options: str) -> Row:
+    """The report of one compilation in a process of its own, and what it used in all."""
     report = folder / "report.json"
     command = [
         sys.executable, "-m", "fptq_compiler", str(model), "-o", str(folder / "out.onnx"),
         "--bits", bits, "--calibration", str(calibration), "--report", str(report), "-q",
         *shlex.split(options),
     ]
+    before = processor_seconds()
     subprocess.run(command, check=True)
-    found: dict[str, Any] = json.loads(report.read_text())
+    found: Row = json.loads(report.read_text())
+    found["processor_seconds"] = processor_seconds() - before
+    found["half_precision"], found["block"] = half_precision_bytes(model)
     return found
 
 
-def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Seconds a stage, one model a column, then peaks and their ratio to the weights."""
-    table = Table("stage", *rows, title=title)
+def totals(report: Row) -> dict[str, float]:
+    """Of one compilation: seconds, processor seconds, and peaks and floor in megabytes."""
+    stages = report["stages"]
+    return {
+        "seconds": sum(s["seconds"] for s in stages),
+        "processor seconds": report["processor_seconds"],
+        "peak, MB": max(s["peak_rss_mb"] for s in stages),
+        "anonymous peak, MB": max(s["peak_anonymous_mb"] for s in stages),
+        "fp16 weights, MB": report["half_precision"] / 1e6,
+        "fp16 weights and 3 blocks, MB": (
+            report["half_precision"] + BLOCKS * report["block"]
+        ) / 1e6,
+        "file, MB": report["size_after"] / 1e6,
+    }
+
+
+def show(title: str, rows: Mapping[str, Row]) -> None:
+    """Seconds and peaks (all, anonymous) a stage, one model a column, then the totals."""
+    table = Table("stage: seconds, MB (anonymous)", *rows, title=title)
     stages = [s["name"] for s in next(iter(rows.values()))["stages"]]
     for stage in stages:
         cells = []
         for report in rows.values():
             row = next(s for s in report["stages"] if s["name"] == stage)
-            cells.append(f"{row['seconds']:.1f} s, {row['peak_rss_mb']:,.0f} MB")
+            memory = f"{row['peak_rss_mb']:,.0f} ({row['peak_anonymous_mb']:,.0f})"
+            cells.append(f"{row['seconds']:.1f} s, {memory}")
         table.add_row(stage, *cells)
-    totals = [sum(s["seconds"] for s in r["stages"]) for r in rows.values()]
-    peaks = [max(s["peak_rss_mb"] for s in r["stages"]) for r in rows.values()]
-    floors = [r["size_before"] / 1e6 for r in rows.values()]
     table.add_section()
-    table.add_row("all, seconds", *(f"{t:.0f}" for t in totals))
-    table.add_row("peak, MB", *(f"{p:,.0f}" for p in peaks))
-    table.add_row("float32 weights, MB (the floor)", *(f"{f:,.0f}" for f in floors))
-    pairs = zip(peaks, floors, strict=True)
-    table.add_row("peak over weights", *(f"{p / f:.2f}" for p, f in pairs))
+    columns = [totals(report) for report in rows.values()]
+    for name in columns[0]:
+        table.add_row(name, *(f"{column[name]:,.0f}" for column in columns))
     Console().print(table)
+
+
+def growth(layers: list[int], reports: list[Row]) -> tuple[list[str], list[str]]:
+    """How the totals grow with the layers, in words, and what is not as it should be."""
+    words, wrong = [], []
+    block = reports[0]["block"] / 1e6
+    for name in ("processor seconds", "anonymous peak, MB"):
+        values = np.array([totals(report)[name] for report in reports])
+        slope, start = np.polyfit(layers, values, 1)
+        bend = float(np.abs(start + slope * np.array(layers) - values).max() / values.max())
+        words.append(f"{name}: {start:,.1f} and {slope:,.2f} a layer, within {bend:.0%}")
+        if bend > BEND:
+            wrong.append(f"{name} is no line in the layers: {bend:.0%} of the largest beside it")
+        if name.endswith("MB") and slope > block:
+            wrong.append(f"{slope:,.0f} MB a layer, expected at most the {block:,.0f} of its fp16")
+    words.append(f"fp16 weights of one layer: {block:,.2f} MB")
+    return words, wrong
 
 
 @click.command()
@@ -91,25 +157,33 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
 )
 @click.option("--options", default="", help="Further words for fptq-compile, in one string.")
 @click.option("--vocabulary", default=VOCABULARY, show_default=True)
+@click.option(
+    "--save-folder", type=click.Path(path_type=Path), help="Keep synthetic models and files here."
+)
+@click.option("--check", is_flag=True, help="Fail where growth in layers is not as it should be.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
     model: Path | None, bits: str, layers: str, widths: str, fixed: str, options: str,
-    vocabulary: int, json_path: Path | None,
+    vocabulary: int, save_folder: Path | None, check: bool, json_path: Path | None,
 ) -> None:
     """Measure one model, or the two series."""
-    results: dict[str, dict[str, dict[str, Any]]] = {}
+    results: dict[str, dict[str, Row]] = {}
+    words: list[str] = []
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = save_folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         calibration = folder / "ids.npy"
         np.save(calibration, np.random.default_rng(0).integers(0, vocabulary, TOKENS))
         if model is not None:
             results["one model"] = {model.name: measure(model, calibration, folder, bits, options)}
         else:
             few, narrow = map(int, fixed.split(","))
-            depth = {f"{n} layers": (n, narrow) for n in map(int, layers.split(","))}
+            counts = [int(n) for n in layers.split(",")]
+            depth = {f"{n} layers": (n, narrow) for n in counts}
             breadth = {f"width {w}": (few, w) for w in map(int, widths.split(","))}
             both = {f"layers, at width {narrow}": depth, f"width, at {few} layers": breadth}
-            seen: dict[tuple[int, int], dict[str, Any]] = {}
+            seen: dict[tuple[int, int], Row] = {}
             for title, series in both.items():
                 results[title] = {}
                 for label, shape in series.items():
@@ -117,10 +191,16 @@ def main(
                         made = synthetic(folder, *shape, vocabulary)
                         seen[shape] = measure(made, calibration, folder, bits, options)
                     results[title][label] = seen[shape]
+            if len(counts) > 1:
+                words, wrong = growth(counts, [seen[n, narrow] for n in counts])
     for title, rows in results.items():
         show(title, rows)
+    for line in (*words, *wrong):
+        Console().print(line)
     if json_path is not None:
         json_path.write_text(json.dumps(results, indent=1))
+    if check and wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets.forms import forms_of
+from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.recipe import Recipe
 
 INTEGER_KERNELS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm")
@@ -104,12 +105,15 @@ def optimized_graph(path: Path, folder: Path, config: Mapping[str, str]) -> ir.M
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", "optimized.data"
     )
+    # Nothing runs here, and weights packed for the kernels are one more copy of them all.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         message = f"ONNX Runtime {onnxruntime.__version__} cannot load the written file: {error}"
         raise LoweringError(message) from error
+    return_freed_memory()
     model = ir.load(optimized)
     optimized.unlink()
     (folder / "optimized.data").unlink(missing_ok=True)

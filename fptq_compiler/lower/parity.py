@@ -31,6 +31,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCKS, unpack_blocks
 from fptq_compiler.lower.contract import ACCURACY_LEVEL, contract_of, session_options
 from fptq_compiler.lower.element_type import element_type
+from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.quant.pairs import unpack_pairs
 
 LINEAR = torch.ops.aten.linear.default
@@ -132,11 +133,13 @@ def check_parity(
     exposed = folder / "exposed.onnx"
     ir.save(model, exposed, external_data="exposed.data")
     del model
+    return_freed_memory()
     plain = _session(path, config)
     freely = [
         plain.run(None, _feeds(program, inputs, plain)) for inputs in _runs(program, ids, plain)
     ]
     del plain
+    return_freed_memory()
     session = _session(exposed, config)
     cached = program.call_nodes(cache_ops.cached_attention)
     outputs = ["logits", *names.values(), *program.outputs[1:]]
