@@ -34,7 +34,7 @@ VOCABULARY = 49_152
 TOKENS = (8, 256)
 HALF = 2  # bytes a value
 BLOCKS = 3
-BEND = 0.15  # of the largest value: how far a point may lie from the line through all
+BEND = 0.05  # of the largest value: how far a point may lie from the line through all
 Row = dict[str, Any]
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from fptq_compiler.errors import CaptureError
 from fptq_compiler.graph.stored import Source, identity
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,20 @@ class FileTensor:
     name: str
 
     def read(self) -> Tensor:
-        """The values in the file's type, mapped while somebody holds them."""
-        with safe_open(self.path, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(self.name)
+        """The values in the file's type, mapped while somebody holds them.
+
+        Raises:
+            CaptureError: the file has gone, or is another one by now.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                found: Tensor = opened.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:
+            message = (
+                f"{self.path.name}: {self.name} cannot be read any more ({error}), expected the "
+                "file to stay as it is until the compilation ends"
+            )
+            raise CaptureError(message) from error
         return found
 
 

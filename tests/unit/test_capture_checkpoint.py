@@ -15,6 +15,7 @@ from fptq_compiler import driver
 from fptq_compiler.capture import capture
 from fptq_compiler.capture.checkpoint import ReadWhereUsed
 from fptq_compiler.capture.huggingface import load_huggingface, load_unread
+from fptq_compiler.errors import CaptureError
 from fptq_compiler.graph import stored
 from fptq_compiler.graph.stored import StoredParameter
 from fptq_compiler.progress import SilentProgress
@@ -82,6 +83,18 @@ def test_a_folder_that_lacks_a_weight_is_held_and_so_refused(folder: Path) -> No
         weights.pop("model.layers.1.mlp.up_proj.weight", None)
         save_file(weights, path, metadata={"format": "pt"})
     assert load_unread(folder) is None
+
+
+def test_a_file_that_changes_meanwhile_is_named(folder: Path) -> None:
+    captured = capture(folder, unread=True)
+    program = take_in(captured.program, sources=captured.sources)
+    source = captured.sources["model.norm.weight"]
+    assert source.read().shape == (32,)
+    for path in folder.glob("*.safetensors"):
+        save_file({"other": torch.ones(2)}, path)
+    with pytest.raises(CaptureError, match=r"model\.norm\.weight cannot be read any more"):
+        source.read()
+    assert program.run(IDS).isfinite().all()  # small weights were read when it was taken in
 
 
 @pytest.mark.slow
