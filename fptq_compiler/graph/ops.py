@@ -107,9 +107,10 @@ def _fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int, role: st
 
 def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: int) -> Tensor:
     """Codes (K, N) times scale: (N,) per channel, or (ceil(K / block), N) per block of K."""
+    values = codes.to(dtype)
     if not block:
-        return codes * scale.to(dtype)
-    return codes * scale.to(dtype).repeat_interleave(block, 0)[: codes.shape[0]]
+        return values.mul_(scale.to(dtype))
+    return values.mul_(scale.to(dtype).repeat_interleave(block, 0)[: codes.shape[0]])
 
 
 def _linear(

@@ -234,6 +234,9 @@ def _weight_codes_equal(program: Program, model: ir.Model) -> bool:
             return False
         if not np.array_equal(codes, expected):
             return False
+        for value in (stored, blocks):
+            if value is not None and isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value.release()  # it keeps what it unpacked
     return True
 
 
