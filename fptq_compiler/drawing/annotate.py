@@ -126,7 +126,7 @@ def _applied(program: Program) -> Iterator[tuple[str, str]]:
     """Node and transform of every linear, norm and table that a transform acts on."""
     site = program.sites.residual
     if site is not None and "residual" in program.maps:
-        yield site.embedding, "residual"
+        yield site.stream[0], "residual"
         for linear in (*site.readers, *site.writers):
             yield linear.node, "residual"
     if site is not None and program.scaled:
