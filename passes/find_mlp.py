@@ -95,19 +95,18 @@ def _site(program: Program, probe: Probe, node: Node, source: Node, projections:
             if reader is not None and reader is not node:
                 refused["updown"] = f"{projection.name} has a second reader, {reader.name}"
                 miss = NearMiss("updown", reader.name, refused["updown"], source_line(reader))
-    activation = next(
-        (str(n.target).split(".")[1] for n in sorted(region)
-         if n.target not in MOVES and n.target not in (aten.mul.Tensor, aten.add.Tensor,
-                                                       aten.split_with_sizes.default,
-                                                       aten.chunk.default)
-         and "getitem" not in str(n.target)),
-        "none",
-    )
+    activation = next((str(n.target).split(".")[1] for n in sorted(region) if _bends(n)), "none")
     site = MlpSite(
         name=site_name(down.weight, node, node), up=up, gate=gate, down=down, width=width,
         activation=activation, refused=refused,
     )
     return site, miss
+
+
+def _bends(node: Node) -> bool:
+    """Whether the node is an activation: it acts on single values and is no product or sum."""
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise and node.target not in (aten.mul.Tensor, aten.add.Tensor)
 
 
 def _up_and_gate(program: Program, probe: Probe, source: Node, projections: list[Node],

@@ -7,6 +7,7 @@ The example inputs, which only torch's own tools need, are not read at all.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import zipfile
@@ -21,6 +22,9 @@ from fptq_compiler.capture.archive_parts import ArchiveParts, check_payloads
 from fptq_compiler.capture.archive_reader import plain_reader
 from fptq_compiler.capture.program_text import check_program_text
 from fptq_compiler.errors import CaptureError
+
+EXPERTS = "transformers.integrations.moe"
+"""Registers the operator that transformers exports a mixture of experts with."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,7 @@ def _check_archive(zipped: zipfile.ZipFile, origin: str, *, trust_pickle: bool) 
 def _load_checked(
     file: IO[bytes], origin: str, *, trust_pickle: bool
 ) -> torch.export.ExportedProgram:
+    importlib.import_module(EXPERTS)
     try:
         with plain_reader(), nullcontext() if trust_pickle else _weights_only():
             return torch.export.load(file)

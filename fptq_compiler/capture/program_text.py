@@ -31,6 +31,8 @@ _HIGHER_ORDER = frozenset(
     f"torch.ops.higher_order.{name}"
     for name in ("wrap_with_set_grad_enabled", "wrap_with_autocast", "cond", "scan", "while_loop")
 )
+# What transformers exports a mixture of experts with; it multiplies tensors, like aten's own.
+_EXPERTS = frozenset({"torch.ops.transformers.grouped_mm_fallback.default"})
 _SYMBOLIC = frozenset(
     [f"_operator.{name}" for name in (
         "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs", "eq", "ne",
@@ -98,7 +100,7 @@ def _walk(value: object, part: str) -> None:
 
 def _check_target(value: object, part: str, field: str) -> None:
     """Accept only operators on tensors and sizes: torch resolves the text with getattr."""
-    if value in _HIGHER_ORDER or value in _SYMBOLIC:
+    if value in _HIGHER_ORDER or value in _SYMBOLIC or value in _EXPERTS:
         return
     found = _LIBRARY_OPERATOR.fullmatch(value) if isinstance(value, str) else None
     if found is None or found[2] in _REFUSED_OPERATORS:

@@ -1,4 +1,7 @@
-"""Names of repeated blocks drawn together: `model.layers 0-29 mlp` for thirty sites alike."""
+"""Names of repeated blocks drawn together: `model.layers 0-29 mlp` for thirty sites alike.
+
+Experts in them as well: `model.layers 0-29 mlp.experts 0-7`.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,22 @@ Row = TypeVar("Row", bound=Named)
 
 @dataclass
 class Group(Generic[Row]):
-    """Rows that differ by nothing but the number of their block; `row` is the first."""
+    """Rows that differ by nothing but the numbers of block and expert; `row` is the first."""
 
     row: Row
     prefix: str
     suffix: str
     count: int = 0
     numbers: list[int] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """The rows' common name, with the numbers that occur."""
         if not self.numbers:
             return self.row.name
-        return f"{self.prefix} {number_ranges(self.numbers)} {self.suffix}".rstrip()
+        words = [self.prefix, number_ranges(self.numbers), self.suffix, number_ranges(self.experts)]
+        return " ".join(word for word in words if word)
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
@@ -57,13 +62,14 @@ def collapse(rows: Sequence[Row], alike: Callable[[Row], Hashable]) -> list[Grou
     """
     groups: dict[Hashable, Group[Row]] = {}
     for row in rows:
-        found = re.fullmatch(r"(.*?)\.(\d+)(?:\.(.*))?", row.name)
+        found = re.fullmatch(r"(.*?)\.(\d+)(?:\.(.*?))?(?:\.(\d+))?", row.name)
         prefix, suffix = (found[1], found[3] or "") if found else (row.name, "")
         key = prefix, suffix, bool(found), alike(row)
         group = groups.setdefault(key, Group(row, prefix, suffix))
         group.count += 1
         if found:
             group.numbers.append(int(found[2]))
+            group.experts += [int(number) for number in (found[4],) if number]
     return list(groups.values())
 
 
