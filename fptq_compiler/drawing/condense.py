@@ -224,7 +224,11 @@ class Condensed:
                 lines.append(f"RoPE {site.rope.style}")
             details.insert(0, ("site", site.name))
         mask, causal = node.args[3], node.args[4]
-        lines.append("causal" if causal else self._masks.get(mask, "no mask"))
+        softcap, window = (*node.args[6:8], 0.0, 0)[:2] if len(node.args) > 6 else (0.0, 0)
+        seen = "causal" if causal else self._masks.get(mask, "no mask")
+        lines.append(f"{seen}, window {window}" if window else seen)
+        if softcap:
+            lines.append(f"soft-capped at {softcap:g}")
         return Box("attention", "attention", tuple(lines), (), tuple(details))
 
     def _loose(self, nodes: list[Node], first: Node, details: list[tuple[str, str]]) -> Box:
@@ -233,6 +237,8 @@ class Condensed:
         misses = [self._reasons[n.name] for n in nodes if n.name in self._reasons]
         if not misses and all(_pointwise(n) for n in nodes):
             return Box("other", shown, (), (), tuple(details))
+        if not misses and any(n.target is aten.topk.default for n in nodes):
+            return Box("other", "router", (shown,), (), tuple(details))
         for miss in misses:
             details.append((f"no {miss.what}", miss.reason))
         if not misses:
