@@ -38,7 +38,8 @@ class Group(Generic[Row]):
         """The rows' common name, with the numbers that occur."""
         if not self.numbers:
             return self.row.name
-        words = [self.prefix, number_ranges(self.numbers), self.suffix, number_ranges(self.experts)]
+        blocks, experts = number_ranges(self.numbers), number_ranges(self.experts)
+        words = [self.prefix, blocks, self.suffix, experts]
         return " ".join(word for word in words if word)
 
 
