@@ -29,6 +29,7 @@ from fptq_compiler.passes.raise_attention import RaiseAttention
 from fptq_compiler.passes.raise_experts import RaiseExperts
 from fptq_compiler.passes.raise_linears import RaiseLinears
 from fptq_compiler.passes.raise_norms import RaiseNorms
+from fptq_compiler.passes.real_numbers import RealNumbers
 from fptq_compiler.passes.scale_residual import ScaleResidual
 from fptq_compiler.passes.unpack_heads import UnpackHeads
 from fptq_compiler.passes.untie_weights import UntieWeights
@@ -38,6 +39,7 @@ FIND_SITES: tuple[Pass, ...] = (
     Widen(),
     Canonicalize(),
     RaiseExperts(),
+    RealNumbers(),
     ExpandEinsum(),
     RaiseLinears(),
     FoldConstants(),

@@ -23,7 +23,8 @@ from fptq_compiler.passes.linears import LINEAR
 
 aten = torch.ops.aten
 END = 2**63 - 1
-BARRIERS = (LINEAR, ops.attention, ops.rms_norm, aten.embedding.default)
+LINEARS = (LINEAR, ops.linear)
+BARRIERS = (*LINEARS, ops.attention, ops.rms_norm, aten.embedding.default)
 UNMOVED = (0, 1, 2, 3)
 
 
@@ -125,7 +126,7 @@ def _is_repeated(x: Tensor, repeat: int) -> bool:
 
 def linears(operand: Node) -> list[Node]:
     """The linear layers that an operand comes from."""
-    stop = [n for n in ancestors(operand) if n.target is LINEAR]
+    stop = [n for n in ancestors(operand) if n.target in LINEARS]
     between = set(ancestors(operand, stop))
     return [n for n in stop if n is operand or not n.users.keys().isdisjoint(between)]
 

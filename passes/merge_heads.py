@@ -16,7 +16,6 @@ from fptq_compiler.graph.evaluate import ancestors
 from fptq_compiler.graph.probe import EXACT, Probe
 from fptq_compiler.graph.shaped import shaped_call
 from fptq_compiler.passes.attention_operands import linears
-from fptq_compiler.passes.linears import LINEAR
 
 aten = torch.ops.aten
 TOKENS_FIRST, HEADS_FIRST = (0, 1, 2, 3), (0, 2, 1, 3)
@@ -39,8 +38,7 @@ def merge_heads(probe: Probe, operand: Node) -> bool:
         (batch, sequence, heads, width): TOKENS_FIRST,
         (batch, heads, sequence, width): HEADS_FIRST,
     }
-    stop = [n for n in ancestors(operand) if n.target is LINEAR]
-    for node in ancestors(operand, stop):
+    for node in ancestors(operand, linears(operand)):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue

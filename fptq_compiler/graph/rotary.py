@@ -79,6 +79,8 @@ def _merged(probe: Probe, operand: Node, shape: tuple[int, ...]) -> Node | None:
 def _holds_tokens(probe: Probe, node: Node, shape: tuple[int, ...]) -> bool:
     """Whether the value depends on batch and sequence, as tables of positions do not."""
     value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):  # the parts of what it takes apart
+        return _holds_tokens(probe, node.all_input_nodes[0], shape)
     if not isinstance(value, torch.Tensor):
         return False
     found = probe.region.shape(node)

@@ -18,9 +18,14 @@ from fptq_compiler.graph.surgery import call
 def shaped_call(
     graph: fx.Graph, before: Node, target: Callable[..., Any], args: Sequence[Any], *, like: Node
 ) -> Node:
-    """Insert a call in front of `before`, made where `like` was, and record its value."""
+    """Insert a call in front of `before`, made where `like` was, and record its value.
+
+    It is computed on fake tensors, those of the graph's inputs where it reads none itself: on a
+    real one a symbol would become the number that it had in the export.
+    """
     node = call(graph, before, target, args, like=like)
-    given = [x.meta["val"] for x in node.all_input_nodes]
+    inputs = (n for n in graph.nodes if n.op == "placeholder")
+    given = (x.meta["val"] for x in (*node.all_input_nodes, *inputs))
     mode = next((x.fake_mode for x in given if isinstance(x, FakeTensor)), None)
     with mode or nullcontext():
         values = fx.map_arg(node.args, lambda x: _on_host(x.meta["val"]))
