@@ -1,9 +1,12 @@
 """Fixtures shared by all tests: seeds from names, and data that may be absent."""
 
+import importlib
 import importlib.util
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +30,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 def generator(seed: int) -> torch.Generator:
     """Return a generator of this test's own."""
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def load_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Return what imports a script of tools/ by its name, as it imports its neighbours."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ sys.path.insert(0, str(REPOSITORY))
 from fptq_compiler.capture import capture  # noqa: E402
 from fptq_compiler.cli.collapse import without_numbers  # noqa: E402
 from fptq_compiler.cli.console import listening  # noqa: E402
+from fptq_compiler.drawing.scene import SYMBOLS  # noqa: E402
 from fptq_compiler.graph.pipeline import run_passes  # noqa: E402
 from fptq_compiler.graph.program import Program  # noqa: E402
 from fptq_compiler.lower import lower  # noqa: E402
@@ -55,10 +56,7 @@ from fptq_compiler.summary import KINDS, applied_transforms  # noqa: E402
 from tests.real.architectures import ARCHITECTURES, ENCODERS  # noqa: E402
 from tests.real.families import SIZES, VOCABULARY, Family, make_model  # noqa: E402
 
-TRANSFORMS = {
-    "T_r": "residual", "T_k": "prerope", "T_v": "value", "T_u": "updown", "T_d": "hadamard",
-    "S_n": "scaling",
-}
+TRANSFORMS = {symbol: name for name, symbol in SYMBOLS.items()}
 COLUMNS = (
     "captured", "sites", *TRANSFORMS, "preserved", "W4A8 parity", "KV cache",
 )

@@ -11,12 +11,8 @@ from rich.text import Text
 
 from fptq_compiler.cli.collapse import collapse, without_numbers
 from fptq_compiler.cli.tables import stdout_console
+from fptq_compiler.drawing.scene import SYMBOLS
 from fptq_compiler.inspection import InspectedSite, Inspection, Unrecognised, Verdict
-
-SYMBOLS = {
-    "residual": "T_r", "prerope": "T_k", "value": "T_v", "updown": "T_u", "hadamard": "T_d",
-    "scaling": "S_n",
-}
 
 
 def print_inspection(console: Console, found: Inspection, *, every: bool) -> None:

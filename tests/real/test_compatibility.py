@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,12 @@ from tests.real.architectures import ARCHITECTURES
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def tool() -> Iterator[Any]:
-    """The script, imported as a module."""
-    before = list(sys.path)
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    yield importlib.import_module("compatibility")
-    sys.path[:] = before
+@pytest.fixture
+def tool(load_tool: Callable[[str], Any]) -> Any:
+    return load_tool("compatibility")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def table(tool: Any) -> Any:
     """The rows of the README's table, by family."""
     return tool.parse(tool.stands_in(REPOSITORY / "README.md"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from fptq_compiler.progress import SilentProgress
 from fptq_compiler.runtime.model_file import read_model_file
 from tests.cached_model import HIDDEN, KV_HEADS, LAYERS, VOCABULARY, write_cached_model
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 FLOAT32 = np.dtype("float32")
 CPU = Settings(provider="cpu", threads=1)
 SLOW = Device("slow", bandwidth=1e3, float16=1e5, int8=1e6)
@@ -40,10 +39,8 @@ WORDS = [
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script, imported as it imports its neighbours when it is run."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmark_gpu")
+def tool(load_tool: Callable[[str], Any]) -> Any:
+    return load_tool("benchmark_gpu")
 
 
 def test_every_figure_stands_beside_its_floor(tool: Any, tmp_path: Path) -> None:

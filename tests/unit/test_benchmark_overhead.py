@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,10 @@ from click.testing import CliRunner
 
 from tests.cached_model import write_cached_model
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmark_overhead")
+def tool(load_tool: Callable[[str], Any]) -> Any:
+    return load_tool("benchmark_overhead")
 
 
 def test_every_variant_is_timed_at_every_length(tool: Any, tmp_path: Path) -> None:

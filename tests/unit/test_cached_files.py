@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import FULL_PRECISION, SessionFile, session_path
 from tests.compiling import Compiled, compile_toy, quick
 from tests.decoding import decode, error, random_ids
+from tests.onnx_nodes import every_node
 from tests.toys import ToyConfig, make_toy, name_spelling
 
 LENGTH = 48
@@ -188,14 +189,6 @@ def branches_of(graph: onnx.GraphProto) -> list[tuple[onnx.GraphProto, onnx.Grap
             given = {a.name: a.g for a in node.attribute}
             found.append((given["then_branch"], given["else_branch"]))
     return found
-
-
-def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from every_node(attribute.g)
 
 
 @pytest.mark.parametrize("bits", [FLOAT, *QUANTISED])

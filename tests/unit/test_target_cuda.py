@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import SessionFile
 from tests.compiling import CACHE_LENGTH, Compiled, CompileForGpu, compile_toy, gpu_compiler, quick
 from tests.decoding import decode, error, random_ids
+from tests.onnx_nodes import attributes, every_node, nodes
 from tests.toys import ToyConfig
 
 TOY = ToyConfig(layers=1, hidden=32, mlp=48, head_dim=16)
@@ -40,22 +40,6 @@ TYPES = onnx.TensorProto
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> CompileForGpu:
     return gpu_compiler(TOY, "ort-cuda", tmp_path_factory.mktemp)
-
-
-def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
-    return [n for n in every_node(model.graph) if n.op_type == op_type]
-
-
-def every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from every_node(attribute.g)
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any]:

@@ -26,6 +26,7 @@ from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import SessionFile
 from tests.compiling import Compiled, CompileForGpu, compile_toy, gpu_compiler, quick
 from tests.decoding import decode, error, random_ids
+from tests.onnx_nodes import attributes, nodes
 from tests.toys import ToyConfig
 
 TOY = ToyConfig(layers=1, hidden=64, mlp=128, head_dim=16)
@@ -37,14 +38,6 @@ TYPES = onnx.TensorProto
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> CompileForGpu:
     return gpu_compiler(TOY, "tensorrt", tmp_path_factory.mktemp)
-
-
-def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
-    return [n for n in model.graph.node if n.op_type == op_type]
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def weights_of(compiled: Compiled) -> list[onnx.NodeProto]:
