@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +44,8 @@ from fptq_compiler.report import Report
 from fptq_compiler.summary import applied_transforms
 from fptq_compiler.unrecognised import refuse_unrecognised, unrecognised
 from fptq_compiler.work import WorkFolder
+
+logger = logging.getLogger(__name__)
 
 
 def take_in(
@@ -127,6 +130,9 @@ def transform(
         refuse_without_sites(program)
         refuse_custom_operators(program)
         report.unrecognised = unrecognised(program)
+        if report.unrecognised:
+            places = dict.fromkeys(row.place for row in report.unrecognised)
+            logger.warning("not recognised: %s", ", ".join(places))
         demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
         refuse_unrecognised(demanded, report.unrecognised)
     with report.stage("insert transforms"):

@@ -67,6 +67,8 @@ def test_an_unknown_block_is_compiled_loudly(shop: Shop) -> None:
     said = " ".join(shop.said.split())
     for words in ("NOT RECOGNISED", f"block: {UNKNOWN}", "mix:", "odd_models.py:"):
         assert words in said
+    early = said.index(f"not recognised: {UNKNOWN}")
+    assert early < said.index("lowering to ONNX ...")
     content = json.loads(report.read_text(encoding="utf-8"))
     (row,) = content["unrecognised"]
     assert (row["kind"], row["place"]) == ("block", UNKNOWN)
