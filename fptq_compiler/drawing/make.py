@@ -9,6 +9,7 @@ from fptq_compiler.drawing.annotate import Annotated
 from fptq_compiler.drawing.blocks import deal, runs
 from fptq_compiler.drawing.condense import Condensed
 from fptq_compiler.drawing.scene import SYMBOLS, Chip, Scene
+from fptq_compiler.drawing.twins import merge_twins
 from fptq_compiler.graph.blocks import outline
 from fptq_compiler.graph.program import Program
 from fptq_compiler.inspection import Inspection
@@ -39,6 +40,7 @@ def make_scene(draft: Draft, program: Program, found: Inspection) -> Scene:
         [(place[a], place[b]) for a, b in marked.edges],
         [labels[i] for i in order],
     )
+    blocks = [merge_twins(block) for block in blocks]
     return Scene(found.model, _words(found), _legend(found), runs(blocks))
 
 

@@ -22,6 +22,7 @@ from fptq_compiler.drawing.make import Draft, make_scene
 from fptq_compiler.drawing.page import page
 from fptq_compiler.drawing.scene import INPUT, BlockScene, Box, Chip, Run, Scene
 from fptq_compiler.drawing.svg import draw
+from fptq_compiler.drawing.twins import merge_twins
 from fptq_compiler.explain import (
     AsFound,
     explain_misses,
@@ -157,6 +158,36 @@ def test_runs_of_one_kind_and_of_alternating_kinds() -> None:
     assert found[1].name == "layers 1-26"
     five_and_one = [simple(f"layers.{i}", "G" if i % 6 == 5 else "S") for i in range(26)]
     assert [(len(r.blocks), r.count) for r in runs(five_and_one)] == [(6, 4), (1, 2)]
+
+
+def expert_block(widths: list[int]) -> BlockScene:
+    """A norm, a router, for each expert an up and a down projection, and their sum."""
+    boxes, edges = [Box("norm", "norm"), Box("linear", "router")], [(INPUT, 0), (0, 1)]
+    for width in widths:
+        up = len(boxes)
+        boxes += [Box("linear", "up", (f"8 → {width}",)), Box("linear", "down", (f"{width} → 8",))]
+        edges += [(0, up), (up, up + 1)]
+    total = len(boxes)
+    edges += [(down, total) for down in range(3, total, 2)] + [(1, total)]
+    return BlockScene("layers.0", (*boxes, Box("other", "sum")), tuple(edges), (total,))
+
+
+def test_experts_that_are_alike_are_drawn_once() -> None:
+    merged = merge_twins(expert_block([16] * 8))
+    assert texts(merged) == ["norm", "router", "up × 8", "down × 8", "sum"]
+    assert merged.edges == ((INPUT, 0), (0, 1), (0, 2), (1, 4), (2, 3), (3, 4))
+    assert merged.gives == (4,)
+
+
+def test_an_expert_that_differs_stands_alone() -> None:
+    merged = merge_twins(expert_block([16, 16, 24, 16]))
+    assert texts(merged) == ["norm", "router", "up × 3", "down × 3", "up", "down", "sum"]
+
+
+def test_what_stands_behind_one_another_is_not_alike() -> None:
+    boxes = tuple(Box("linear", "same") for _ in range(4))
+    chain = BlockScene("layers.0", boxes, ((INPUT, 0), (0, 1), (1, 2), (2, 3)), (3,))
+    assert merge_twins(chain) == chain
 
 
 def test_names_of_runs() -> None:
