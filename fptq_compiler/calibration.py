@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.stored import held_for_many_runs
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.text import load_calibration, load_tokenizer, self_generated
@@ -50,7 +51,7 @@ def calibration_ids(
     def advance(done: int, total: int) -> None:
         progress.advance(1)
 
-    with torch.no_grad():
+    with torch.no_grad(), held_for_many_runs(program.module):
         found = self_generated(
             program.run,
             vocabulary=vocabulary,

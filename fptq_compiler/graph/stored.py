@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -19,6 +20,8 @@ from fptq_compiler.errors import PassError
 
 LARGE = 1 << 18
 """Bytes from which a weight is worth a file."""
+HELD = 1 << 30
+"""Bytes of all weights up to which they are held while one model runs hundreds of times."""
 
 
 class Source(Hashable, Protocol):
@@ -113,16 +116,36 @@ def bind_sources(
         folder: for what replaces them; None is memory.
     """
     for name, unset in list(module.named_parameters(remove_duplicate=False)):
-        owner, _, last = name.rpartition(".")
         stored = StoredParameter(sources[name], unset.shape, unset.dtype, folder)
         small = unset.nbytes < LARGE
         kept = nn.Parameter(stored.read().clone(), False) if small else stored
-        module.get_submodule(owner).register_parameter(last, kept)
+        _register(module, name, kept)
 
 
-def hold(module: nn.Module) -> None:
-    """Read all stored parameters into memory."""
-    for part in module.modules():
-        for name, value in part.named_parameters(recurse=False):
-            if isinstance(value, StoredParameter):
-                part.register_parameter(name, nn.Parameter(value.read().clone(), False))
+def hold(module: nn.Module) -> dict[str, StoredParameter]:
+    """Read all stored parameters into memory; gives those, by name."""
+    stored = {
+        name: value
+        for name, value in module.named_parameters(remove_duplicate=False)
+        if isinstance(value, StoredParameter)
+    }
+    for name, value in stored.items():
+        _register(module, name, nn.Parameter(value.read().clone(), False))
+    return stored
+
+
+@contextmanager
+def held_for_many_runs(module: nn.Module) -> Iterator[None]:
+    """Hold the stored parameters of a module inside, where they are few enough."""
+    total = sum(p.nbytes for p in module.parameters() if isinstance(p, StoredParameter))
+    stored = hold(module) if total <= HELD else {}
+    try:
+        yield
+    finally:
+        for name, value in stored.items():
+            _register(module, name, value)
+
+
+def _register(module: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(last, value)

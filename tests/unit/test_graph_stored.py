@@ -17,6 +17,7 @@ from fptq_compiler.graph.stored import (
     StoredParameter,
     bind_sources,
     copy_of,
+    held_for_many_runs,
     hold,
     identity,
 )
@@ -112,6 +113,19 @@ def test_hold_reads_everything(values: torch.Tensor, tmp_path: Path) -> None:
     hold(module)
     assert torch.equal(module.first.weight, values.bfloat16().float())
     assert not any(isinstance(p, StoredParameter) for p in module.parameters())
+
+
+def test_weights_are_held_for_many_runs_where_they_are_few(
+    values: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = a_module(values, tmp_path)
+    before = held(module, "second.weight")
+    with held_for_many_runs(module):
+        assert torch.equal(module.second.weight, values.bfloat16().float())
+    assert held(module, "second.weight") is before
+    monkeypatch.setattr(stored, "HELD", before.nbytes - 1)
+    with held_for_many_runs(module):
+        assert held(module, "second.weight") is before
 
 
 def test_a_value_cannot_be_taken_by_mistake(values: torch.Tensor, tmp_path: Path) -> None:
