@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.errors import UnsupportedModelError, VerificationError
 from fptq_compiler.graph.evaluate import longest_sequence
 from fptq_compiler.graph.foreign import refuse_custom_operators
 from fptq_compiler.graph.pipeline import Pass, PassResult, run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import Source, bind_sources
 from fptq_compiler.graph.unlift import unlift
-from fptq_compiler.graph.verify import Verifier
+from fptq_compiler.graph.verify import Verifier, must_preserve
 from fptq_compiler.language_model import refuse_inputs, refuse_outputs
 from fptq_compiler.lower.targets import float_type_of, target_of
 from fptq_compiler.memory import return_freed_memory
@@ -288,14 +289,34 @@ def _refuse_missing(program: Program, recipe: Recipe) -> None:
 
 
 def _run(
-    program: Program, steps: tuple[Pass, ...], verifier: Verifier | None, dump_dir: Path | None
+    program: Program, steps: Sequence[Pass], verifier: Verifier | None, dump_dir: Path | None
 ) -> None:
+    """Run passes, and prove that the function is preserved.
+
+    Passes that round are proved one by one, all between two of them by one run of the model. If
+    that fails they run again, each with its own proof, so that the error names the wrong one.
+    """
+    before = None
+    if verifier is not None and not all(step.rounds for step in steps):
+        before = program.copy()
+    following = dict(zip(steps, (*steps[1:], None), strict=True))
+    unproved: list[Pass] = []
+
     def observe(step: Pass, result: PassResult) -> None:
-        if verifier is not None:
-            verifier.check(program, step, result)
+        if must_preserve(step, result):
+            unproved.append(step)
+        after = following[step]
+        if verifier is not None and (after is None or after.rounds or step.rounds):
+            verifier.check_together(program, unproved)
+            unproved.clear()
         return_freed_memory()
 
-    run_passes(program, steps, observe=observe, dump_dir=dump_dir)
+    try:
+        run_passes(program, steps, observe=observe, dump_dir=dump_dir)
+    except VerificationError:
+        if verifier is not None and before is not None and len(unproved) > 1:
+            run_passes(before, steps, observe=partial(verifier.check, before))
+        raise
 
 
 def _optimize(

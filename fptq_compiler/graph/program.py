@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -121,6 +122,14 @@ class Program:
         found = evaluate.held(self.module, name)
         assert isinstance(found, Tensor)
         return found
+
+    def copy(self) -> Program:
+        """A record of its own; parameters and maps are shared until a pass replaces them."""
+        module = fx.GraphModule(self.module, copy.deepcopy(self.graph))
+        tables = {
+            f.name: copy.copy(getattr(self, f.name)) for f in fields(self) if f.name != "module"
+        }
+        return Program(module, **tables)
 
     def run(self, ids: Tensor) -> Tensor:
         """Logits (B, S, V) of token ids (B, S); further inputs take their plain values."""

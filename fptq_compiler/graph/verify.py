@@ -6,7 +6,7 @@ back afterwards. The run is in float64, one weight at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -44,6 +44,11 @@ def off_identity(program: Program, seed: int) -> Iterator[None]:
     finally:
         for name, state in saved.items():
             program.maps[name].load_state_dict(state)
+
+
+def must_preserve(step: Pass, result: PassResult) -> bool:
+    """Whether a pass that ran has anything to prove."""
+    return step.effect is Effect.PRESERVES and result.changed > 0
 
 
 class Verifier:
@@ -86,17 +91,28 @@ class Verifier:
         Raises:
             VerificationError: the function is not preserved; the message names the pass.
         """
-        if step.effect is not Effect.PRESERVES or result.changed == 0:
+        if must_preserve(step, result):
+            self.check_together(program, [step])
+
+    def check_together(self, program: Program, steps: Sequence[Pass]) -> None:
+        """Compare once after several passes that all preserve the function; none is no work.
+
+        Raises:
+            VerificationError: the function is not preserved; the message names all of them.
+        """
+        if not steps:
             return
         error = self.error(program)
-        self.errors[step.name] = error
-        allowed = self.rounding if step.rounds else self.tolerance
+        self.errors.update((step.name, error) for step in steps)
+        rounds = any(step.rounds for step in steps)
+        allowed = self.rounding if rounds else self.tolerance
         if not error <= allowed:
+            names = ", ".join(step.name for step in steps)
             message = (
-                f"pass {step.name} changed the model's function: relative error of the logits "
+                f"pass {names} changed the model's function: relative error of the logits "
                 f"{error:.2e} in float64, expected at most {allowed:.0e}. This is a wrong "
                 "rewrite; leave the transform out with --transforms and report the model."
             )
             raise VerificationError(message)
-        if step.rounds:  # what was rounded stays, and nothing more may come to it
+        if rounds:  # what was rounded stays, and nothing more may come to it
             self.tolerance = error + TOLERANCE
