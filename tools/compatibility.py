@@ -37,11 +37,14 @@ from fptq_compiler.capture import capture  # noqa: E402
 from fptq_compiler.cli.collapse import without_numbers  # noqa: E402
 from fptq_compiler.cli.console import listening  # noqa: E402
 from fptq_compiler.drawing.scene import SYMBOLS  # noqa: E402
+from fptq_compiler.graph.evaluate import logits  # noqa: E402
 from fptq_compiler.graph.pipeline import run_passes  # noqa: E402
 from fptq_compiler.graph.program import Program  # noqa: E402
+from fptq_compiler.graph.verify import off_identity, relative_error  # noqa: E402
 from fptq_compiler.lower import lower  # noqa: E402
-from fptq_compiler.passes import FIND_SITES  # noqa: E402
+from fptq_compiler.passes import FIND_SITES, insertion  # noqa: E402
 from fptq_compiler.progress import SilentProgress  # noqa: E402
+from fptq_compiler.recipe import TRANSFORMS as RECIPE_TRANSFORMS  # noqa: E402
 from fptq_compiler.recipe import (  # noqa: E402
     CacheRecipe,
     CalibrationRecipe,
@@ -53,7 +56,7 @@ from fptq_compiler.runtime.session_file import SessionFile  # noqa: E402
 from fptq_compiler.source_line import FRAME, SourceLine  # noqa: E402
 from fptq_compiler.stages import cache, look_into, quantize, take_in, transform  # noqa: E402
 from fptq_compiler.summary import KINDS, applied_transforms  # noqa: E402
-from tests.real.architectures import ARCHITECTURES, ENCODERS  # noqa: E402
+from tests.real.architectures import ARCHITECTURES, ENCODERS, PIXELS  # noqa: E402
 from tests.real.families import SIZES, VOCABULARY, Family, make_model  # noqa: E402
 
 TRANSFORMS = {symbol: name for name, symbol in SYMBOLS.items()}
@@ -65,7 +68,7 @@ LAYERS = int(SIZES["num_hidden_layers"])
 PRESERVED = 1e-9
 """Relative, float64, off identity: a right rewrite shows 1e-15 to 1e-13, a wrong one over 1e-4."""
 
-LONGEST = 40
+LONGEST = 32
 """Tokens of the cache."""
 
 LONGEST_REASON = 200
@@ -88,19 +91,20 @@ class Cell:
 Row = dict[str, Cell]
 NO_SITE = "no site has it"
 NOT_REACHED = Cell("–")
-ENCODER = Cell("–", "an encoder: its sites are found, files are written of causal models only")
+NO_CACHE = Cell("–", "an encoder sees all tokens at once")
+NO_FILE = Cell("–", "calibration and files are of models that take token ids")
 
 
 class Encoder(nn.Module):
-    """An encoder as a user would export it: its last hidden state."""
+    """An encoder as a user would export it: its logits."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, S) or pixels (B, C, H, W) to (B, S, hidden)."""
-        return self.model(given).last_hidden_state
+        """Token ids (B, S) to (B, S, V), or pixels (B, C, H, W) to (B, classes)."""
+        return self.model(given).logits
 
 
 def exported(name: str, family: Family) -> ExportedProgram:
@@ -108,9 +112,8 @@ def exported(name: str, family: Family) -> ExportedProgram:
     model = make_model(family)
     if name not in ENCODERS:
         return capture(model).program
-    pixels = name == "ViT"
-    example = torch.zeros(2, 3, 8, 8) if pixels else torch.arange(14).reshape(2, 7)
-    free = {0: Dim.DYNAMIC} if pixels else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    example = pixels() if name == PIXELS else torch.arange(14).reshape(2, 7)
+    free = {0: Dim.DYNAMIC} if name == PIXELS else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     return torch.export.export(Encoder(model), (example,), dynamic_shapes=(free,), strict=False)
 
 
@@ -137,12 +140,15 @@ class Run:
         """Every cell."""
         if not self.attempt("captured", self._capture) or not self.attempt("sites", self._sites):
             return self.cells
-        rest = COLUMNS[2:]
-        if self.name in ENCODERS:
-            self.cells.update(dict.fromkeys(rest, ENCODER))
+        if self.name == PIXELS:
+            self.attempt("preserved", self._transform_pixels)
+            self.cells |= {"W4A8 parity": NO_FILE, "KV cache": NO_CACHE}
         elif self.attempt("preserved", self._transform):
             self.attempt("W4A8 parity", lambda: self._lower(cached=False))
-            self.attempt("KV cache", lambda: self._lower(cached=True))
+            if self.name in ENCODERS:
+                self.cells["KV cache"] = NO_CACHE
+            else:
+                self.attempt("KV cache", lambda: self._lower(cached=True))
         return self.cells
 
     def _capture(self) -> Cell:
@@ -171,6 +177,25 @@ class Run:
         ids = tokens()
         transform(program, QUICK, ids, report, SilentProgress())
         self._transformed, self._ids = program, ids
+        self._count(program)
+        inserted = {k: v for k, v in report.preserved.items() if k not in ROUNDING}
+        return self._preserved(max(inserted.values()))
+
+    def _transform_pixels(self) -> Cell:
+        """The same without calibration: insert, and compare off identity on one input."""
+        program = look_into(self._exported)
+        run_passes(program, FIND_SITES)
+        expected = logits(program.module, [pixels()], torch.float64)
+        places = QUICK.transforms.scaling_places
+        run_passes(program, insertion(RECIPE_TRANSFORMS, seed=0, scaling_places=places))
+        self._count(program)
+        with torch.no_grad(), off_identity(program, 0):
+            return self._preserved(
+                relative_error(logits(program.module, [pixels()], torch.float64), expected)
+            )
+
+    def _count(self, program: Program) -> None:
+        """At how many of its places each transform stands, and why not at the others."""
         self._reasons = refusals(program) | self._reasons
         applied = applied_transforms(program)
         for symbol, transform_name in TRANSFORMS.items():
@@ -178,8 +203,8 @@ class Run:
             count = applied.get(transform_name, 0)
             reason = "" if count == of else self._reasons.get(transform_name) or NO_SITE
             self.cells[symbol] = Cell(f"{count}/{of}", reason)
-        inserted = {k: v for k, v in report.preserved.items() if k not in ROUNDING}
-        worst = max(inserted.values())
+
+    def _preserved(self, worst: float) -> Cell:
         if not worst <= PRESERVED:
             return Cell("no", f"relative error {worst:.0e} in float64", worst)
         return Cell("yes", "", worst)
@@ -210,6 +235,11 @@ class Run:
 
 ROUNDING = ("fold_transforms", "freeze_online", "carry_epsilon", "widen")
 """Passes that store new parameters in the weights' own type."""
+
+
+def pixels() -> torch.Tensor:
+    """Pictures (2, 3, 8, 8)."""
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def tokens() -> torch.Tensor:

@@ -82,8 +82,11 @@ ARCHITECTURES: dict[str, Family] = {
         **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24,
     }),
     "Qwen3-MoE": Family("Qwen3Moe", {**EXPERTS, "num_local_experts": 4}),
-    "BERT": Family("Bert", {"pad_token_id": 0}, model="BertModel"),
-    "ViT": Family("ViT", {"image_size": 8, "patch_size": 4}, model="ViTModel"),
+    "BERT": Family("Bert", {"pad_token_id": 0}, model="BertForMaskedLM"),
+    "ViT": Family("ViT", {"image_size": 8, "patch_size": 4}, model="ViTForImageClassification"),
 }
-ENCODERS = ("BERT", "ViT")
-"""Whose sites are found; the compiler writes files of causal language models only."""
+PIXELS = "ViT"
+"""Takes pictures; files are written of models that take token ids."""
+
+ENCODERS = ("BERT", PIXELS)
+"""See all tokens at once, and have no cache."""
