@@ -18,6 +18,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.rotary import HeadMap, Rotary, RotaryTables, head_map
 from fptq_compiler.graph.sites import RopeLayout
 from fptq_compiler.passes import FIND_SITES
+from fptq_compiler.passes.unpack_heads import UnpackHeads
 from tests import toys
 from tests.passes.steps import edited, exported_module, with_sites
 from tests.toys import MAX_POSITIONS, ToyConfig, make_tokens
@@ -154,8 +155,9 @@ def test_head_map_refuses(config: ToyConfig, reason: str) -> None:
 
 
 def test_heads_that_do_not_lie_side_by_side_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channel-major: head h holds every fourth channel from h on."""
+    """Channel-major: head h holds every fourth channel from h on, until unpack_heads."""
     plain = toys.rotate
+    steps = [step for step in FIND_SITES if not isinstance(step, UnpackHeads)]
 
     def rotated(x: Tensor, tables: tuple[Tensor, ...], config: ToyConfig) -> Tensor:
         batch, heads, length, width = x.shape
@@ -163,7 +165,7 @@ def test_heads_that_do_not_lie_side_by_side_are_refused(monkeypatch: pytest.Monk
         return plain(flat.permute(0, 3, 1, 2), tables, config)
 
     monkeypatch.setattr(toys, "rotate", rotated)
-    _, mapped = read(edited(ToyConfig(layers=1), lambda _: None, *FIND_SITES))
+    _, mapped = read(edited(ToyConfig(layers=1), lambda _: None, *steps))
     assert isinstance(mapped, Refusal)
     assert mapped.reason == "the heads do not lie side by side before it"
 
