@@ -98,7 +98,7 @@ def _site(program: Program, probe: Probe, core: Node) -> tuple[AttentionSite, li
     output = forward_linear(core)
     o = _output(program, probe, core, output, refuse)
     _check_value(probe, traced["v"], core, refuse)
-    _check_readers(traced, core, output, refuse)
+    _check_readers(probe, traced, core, output, refuse)
     refs = {r: x.ref if isinstance(x, _Operand) else None for r, x in traced.items()}
     known = next((x.projection for x in traced.values() if isinstance(x, _Operand)), core)
     site = AttentionSite(
@@ -169,8 +169,8 @@ def _check_value(probe: Probe, v: _Operand | Refusal, core: Node, refuse: Refuse
         refuse("value", "value: the projection is changed depending on the position", v.node)
 
 
-def _check_readers(traced: dict[str, _Operand | Refusal], core: Node, output: Node | None,
-                   refuse: Refuse) -> None:
+def _check_readers(probe: Probe, traced: dict[str, _Operand | Refusal], core: Node,
+                   output: Node | None, refuse: Refuse) -> None:
     """Nothing but this attention may read what a transform changes."""
     operands = [x for x in traced.values() if isinstance(x, _Operand)]
     everything = set().union(*(x.region for x in operands)) | {core}
@@ -179,6 +179,7 @@ def _check_readers(traced: dict[str, _Operand | Refusal], core: Node, output: No
         if isinstance(operand, Refusal):
             continue
         packed = [x.region for x in operands if x.projection is operand.projection]
+        packed += _beside(probe, operand, core)
         reader = outside_reader(operand.projection, set().union(*packed) | {core}, core)
         if reader is not None and reader not in everything:
             refuse(transform, f"{role} has a second reader, {reader.name}", reader)
@@ -190,3 +191,20 @@ def _check_readers(traced: dict[str, _Operand | Refusal], core: Node, output: No
         if reader is not None:
             refuse("value", f"the attention's output has a second reader, {reader.name}", reader)
 
+
+def _beside(probe: Probe, operand: _Operand, core: Node) -> list[set[Node]]:
+    """What stands between the same projection and other operands that do not see this one."""
+    generator = torch.Generator().manual_seed(8)
+    shape, ref = probe.region.shape(operand.projection), operand.ref
+    plain = torch.randn(shape, generator=generator, dtype=torch.float64)
+    other = plain.clone()
+    other[..., ref.start : ref.stop] += 1.0
+    found = []
+    for node in core.args[:3]:
+        assert isinstance(node, Node)
+        if node is operand.node or nearest_linears(node) != [operand.projection]:
+            continue
+        values = [probe.region.value(node, {operand.projection: x}) for x in (plain, other)]
+        if torch.equal(*values):
+            found.append(between(operand.projection, node))
+    return found

@@ -2,17 +2,29 @@
 
 Matched: `aten.rms_norm`, and x * rsqrt(mean(x^2) + epsilon) with x^2 as pow or as x * x, the
 inverse root as rsqrt, pow(-0.5), reciprocal of sqrt or a division, with the casts to float32
-that libraries put around the statistics, the gain multiplied on either side. Where x is itself
-y - mean(y), the whole is `aten.layer_norm`.
+that libraries put around the statistics, the gain multiplied on either side; and sqrt(d) times
+`functional.normalize`. Where x is itself y - mean(y), the whole is `aten.layer_norm`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
-from fptq_compiler.graph.patterns import Alt, Commutes, Match, NoMatch, Op, Var, deepest, match
+from fptq_compiler.graph.patterns import (
+    Alt,
+    Commutes,
+    Match,
+    Maybe,
+    NoMatch,
+    Op,
+    Var,
+    deepest,
+    match,
+)
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import NearMiss, Program, source_line
 from fptq_compiler.graph.surgery import call, replace
@@ -20,6 +32,7 @@ from fptq_compiler.passes.canonicalize import CASTS
 
 aten = torch.ops.aten
 MULTIPLY = (aten.mul.Tensor,)
+EXPANSIONS = (aten.expand_as.default, aten.expand.default)
 SQUARE = Alt(
     (
         Op((aten.pow.Tensor_Scalar,), (Var("x"), Var("power"))),
@@ -46,9 +59,18 @@ NORM = Alt(
         Op((aten.div.Tensor,), (Var("x"), ROOT)),
     )
 )
+LENGTH = Op(
+    (aten.linalg_vector_norm.default,), (Var("x"), Var("order"), Var("axes"), Var("keep"))
+)
+UNIT = Op(
+    (aten.div.Tensor,),
+    (Var("x"), Maybe(EXPANSIONS, Op((aten.clamp_min.default,), (LENGTH, Var("least"))))),
+)
+SCALED_UNIT = Op(MULTIPLY, (UNIT, Var("root")))
 CENTERED = Op(
     (aten.sub.Tensor,), (Var("y"), Op((aten.mean.dim,), (Var("y"), Var("axes"), Var("keep"))))
 )
+TINY = 1e-6  # of a length; a token that short is no token
 INVERSE_ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 
 
@@ -66,6 +88,9 @@ class RaiseNorms(Pass):
             if node.target is aten.rms_norm.default:
                 changed += _raise_operator(node)
             elif node.target in (aten.mul.Tensor, aten.div.Tensor):
+                if _raise_unit(node):
+                    changed += 1
+                    continue
                 found = match(NORM, node)
                 if isinstance(found, Match) and not _unsound(found, node):
                     matched.update(found.nodes)
@@ -76,6 +101,12 @@ class RaiseNorms(Pass):
                 _take_gain(program, node)
         for node in program.call_nodes(ops.rms_norm):
             _take_mean(node)
+        for node in program.call_nodes(aten.layer_norm.default):
+            if not any(node.args[2:4]):
+                _take_gain(program, node)
+        for node in program.call_nodes(aten.layer_norm.default):
+            if len(node.args) > 4 and node.args[3] is None:
+                _take_bias(program, node)
         misses = [
             NearMiss("norm", n.name, _reason(n), source_line(n))
             for n in program.graph.nodes
@@ -95,6 +126,26 @@ def _raise_operator(node: Node) -> int:
         epsilon = torch.finfo(x.meta["val"].dtype).eps
     replace(node, call(node.graph, node, ops.rms_norm, (x, gain, epsilon), like=node))
     return 1
+
+
+def _raise_unit(node: Node) -> bool:
+    """sqrt(d) x / max(|x|, least) is an RMSNorm with the epsilon least² / d, but for tiny x."""
+    found = match(SCALED_UNIT, node)
+    if not isinstance(found, Match):
+        return False
+    value = node.meta["val"]
+    width, root, least = value.shape[-1], found["root"], found["least"]
+    sound = (
+        [axis % value.dim() for axis in found["axes"]] == [value.dim() - 1]
+        and found["keep"] is True and found["order"] == 2
+        and isinstance(root, float) and abs(root * root - width) < 1e-9 * width
+        and isinstance(least, float) and least < TINY
+    )
+    if not sound:
+        return False
+    arguments = (found["x"], None, least * least / width)
+    replace(node, call(node.graph, node, ops.rms_norm, arguments, like=node))
+    return True
 
 
 def _unsound(found: Match, node: Node) -> str:
@@ -146,22 +197,48 @@ def _only_widens(cast: Node) -> bool:
 
 def _take_gain(program: Program, norm: Node) -> None:
     """Move `norm * gain` into the operator where that product is the norm's only reader."""
+    found = _sole_reader(program, norm, aten.mul.Tensor)
+    if found is None:
+        return
+    product, gain = found
+    target: Any = norm.target
+    if target is ops.rms_norm:
+        x, _, epsilon = norm.args
+        arguments: tuple[Any, ...] = (x, gain, epsilon)
+    else:
+        x, shape, _, _, epsilon = norm.args[:5]
+        arguments = (x, shape, gain, None, epsilon)
+    replace(product, call(norm.graph, product, target, arguments, like=product))
+
+
+def _take_bias(program: Program, norm: Node) -> None:
+    """The same for `norm + bias` behind a LayerNorm."""
+    found = _sole_reader(program, norm, aten.add.Tensor)
+    if found is None:
+        return
+    addition, bias = found
+    x, shape, gain, _, epsilon = norm.args[:5]
+    arguments = (x, shape, gain, bias, epsilon)
+    whole = call(norm.graph, addition, aten.layer_norm.default, arguments, like=addition)
+    replace(addition, whole)
+
+
+def _sole_reader(program: Program, norm: Node, target: object) -> tuple[Node, Node] | None:
+    """The norm's only reader, if it is a `target` with a parameter (d,), and the parameter."""
     if len(norm.users) != 1:
-        return
-    (product,) = norm.users
-    if product.target is not aten.mul.Tensor:
-        return
-    left, right = product.args[0], product.args[1]
-    gain = right if left is norm else left
-    if not isinstance(gain, Node) or gain.op != "get_attr":
-        return
+        return None
+    (reader,) = norm.users
+    if reader.target is not target or reader.kwargs:
+        return None
+    left, right = reader.args[0], reader.args[1]
+    parameter = right if left is norm else left
+    if not isinstance(parameter, Node) or parameter.op != "get_attr":
+        return None
     width = norm.meta["val"].shape[-1]
-    if tuple(program.held(str(gain.target)).shape) != (width,):
-        return
-    if product.meta["val"].dtype != norm.meta["val"].dtype:
-        return
-    x, _, epsilon = norm.args
-    replace(product, call(norm.graph, product, ops.rms_norm, (x, gain, epsilon), like=product))
+    if tuple(program.held(str(parameter.target)).shape) != (width,):
+        return None
+    same = reader.meta["val"].dtype == norm.meta["val"].dtype
+    return (reader, parameter) if same else None
 
 
 def _take_mean(norm: Node) -> None:

@@ -58,7 +58,7 @@ class Commutes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
             return None
-        return self._region.shape(node)[-1]
+        return self._region.sizes(value.shape[-1:])[0]
 
     def ask(self, node: Node, mapped: Collection[Node], change: ChannelMap) -> Answer:
         """What `change` of the inputs `mapped` does to the output of `node`.
@@ -82,6 +82,13 @@ class Commutes:
             _compare(b, a, change) for b, a in zip(_tensors(before), _tensors(after), strict=True)
         }
         return answers.pop() if len(answers) == 1 else Answer.OTHER
+
+    def is_zero(self, node: Node) -> bool:
+        """Whether a node gives zeros whatever it reads, as what sums are begun with."""
+        generator = torch.Generator().manual_seed(14)
+        plain = {x: self._value(x, generator) for x in node.all_input_nodes if x.op != "get_attr"}
+        found = run_node(self._module, node, plain, torch.float64)
+        return isinstance(found, Tensor) and not bool(found.any())
 
     def _value(self, node: Node, generator: torch.Generator) -> Any:
         if node.op == "get_attr":

@@ -18,6 +18,7 @@ from fptq_compiler.graph.stored import StoredParameter
 
 HALF_OR_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 CACHE_PREFIX = "past_key_values"
+ROWS = 3  # stands for a size that depends on values, as how many tokens an expert gets
 Environment = dict[Node, Any]
 Watcher = Callable[[Node, Any], None]
 
@@ -229,11 +230,14 @@ class Region:
         return self.sizes(node.meta["val"].shape)
 
     def sizes(self, shape: Sequence[int | torch.SymInt]) -> tuple[int, ...]:
-        """A recorded shape at this region's sizes."""
-        return tuple(
-            int(size.node.expr.subs(self._symbols)) if isinstance(size, torch.SymInt) else size
-            for size in shape
-        )
+        """A recorded shape at this region's sizes; what depends on values is `ROWS`."""
+        return tuple(self._size(size) for size in shape)
+
+    def _size(self, size: int | torch.SymInt) -> int:
+        if not isinstance(size, torch.SymInt):
+            return size
+        found = size.node.expr.subs(self._symbols)
+        return int(found.subs(dict.fromkeys(found.free_symbols, ROWS)))
 
     def value(self, target: Node, bound: Mapping[Node, Tensor]) -> Any:
         """The value of `target` where each node of `bound` has the given value."""

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.commutes import Answer, Commutes, gain_and_bias, reflection
-from fptq_compiler.graph.evaluate import Region, ancestors
 from fptq_compiler.graph.program import Program
 
 aten = torch.ops.aten
@@ -93,12 +91,13 @@ def _behind(commutes: Commutes, norm: Node) -> tuple[list[Node], Node | None]:
             linears.append(reader)
         elif reader.op != "call_function":
             return linears, reader
-        elif reader not in moved and reader.target is not aten.sym_size.int:
-            mapped = moved & set(reader.all_input_nodes)
-            if commutes.ask(reader, mapped, change) is not Answer.MAPPED:
+        elif reader not in moved:
+            answer = commutes.ask(reader, moved & set(reader.all_input_nodes), change)
+            if answer is Answer.OTHER:
                 return linears, reader
-            moved.add(reader)
-            frontier.extend(reader.users)
+            if answer is Answer.MAPPED:
+                moved.add(reader)
+                frontier.extend(reader.users)
     return linears, None
 
 
@@ -107,11 +106,11 @@ class _Following:
         self._program = program
         self._found = Stream()
         self._commutes = Commutes(program.module)
-        self._region = Region(program.module, 2, 5)
         width = self._commutes.width(start)
         assert width is not None
         self._width = width
         self._reflection = reflection(width)
+        self._gain = gain_and_bias(width)
         self._order = {node: i for i, node in enumerate(program.graph.nodes)}
         self._waiting: list[tuple[int, Node]] = []
         self._start = start
@@ -173,7 +172,7 @@ class _Following:
             self._turn(node)
         elif answer is Answer.MAPPED:
             self._turn(node)
-        elif node.target is not aten.sym_size.int:
+        elif self._commutes.ask(node, mapped, self._gain) is not Answer.SAME:
             _note(self._found.unturned, node)
 
     def _ask(self, node: Node, mapped: set[Node]) -> Answer:
@@ -193,7 +192,7 @@ class _Following:
             _note(self._found.writers, value)
         elif value.target in NORMS and (has_gain(value) or value.target is LAYER_NORM):
             _note(self._found.post_norms, value)
-        elif not self._is_zero(value):
+        elif not self._commutes.is_zero(value):
             inputs = self._wide_inputs(value)
             if not inputs or self._ask(value, set(inputs)) is not Answer.MAPPED:
                 reason = f"{value.name} adds to the stream and is not a linear layer"
@@ -201,20 +200,6 @@ class _Following:
             for source in inputs:
                 self._trace_back(source)
         self._turn(value)
-
-    def _is_zero(self, value: Node) -> bool:
-        """Whether a value comes from sizes alone and is zero, as what sums are begun with."""
-        behind = ancestors(value)
-        if any(n.op == "get_attr" or n.target is EMBEDDING for n in behind):
-            return False
-        sizes_only = all(
-            r.target is aten.sym_size.int or r not in behind
-            for n in behind if n.op == "placeholder" for r in n.users
-        )
-        if not sizes_only:
-            return False
-        found = self._region.value(value, {})
-        return isinstance(found, Tensor) and not bool(found.any())
 
 
 def has_gain(norm: Node) -> bool:

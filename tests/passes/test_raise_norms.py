@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.verify import relative_error
 from fptq_compiler.passes.canonicalize import Canonicalize
 from fptq_compiler.passes.fold_constants import FoldConstants
 from fptq_compiler.passes.raise_norms import RaiseNorms
@@ -19,6 +21,7 @@ from tests.passes.steps import (
     captured,
     change,
     exported_module,
+    logits,
     pick,
     run,
     span,
@@ -129,6 +132,53 @@ def test_near_miss(formula: Callable[[Tensor], Tensor], reason: str) -> None:
     assert miss.what == "norm"
     assert miss.reason == f"not an RMSNorm: {reason}"
     assert 'test_raise_norms.py", line' in miss.source
+
+
+def _unit(x: Tensor, *, root: float = 2.0, axis: int = -1, least: float = 1e-12) -> Tensor:
+    return functional.normalize(x, dim=axis, eps=least) * root
+
+
+def test_a_unit_vector_times_the_root_of_the_width() -> None:
+    program = _program(_unit)
+    assert change(program, RaiseNorms()) < EXACT
+    (norm,) = program.call_nodes(ops.rms_norm)
+    assert norm.args[1:] == (None, 1e-24 / 4)
+
+
+@pytest.mark.parametrize("off", [{"root": 3.0}, {"axis": 1}, {"least": 1e-3}])
+def test_near_miss_of_a_unit_vector(off: dict[str, float]) -> None:
+    program = _program(lambda x: _unit(x, **off))  # type: ignore[arg-type]
+    assert run(program, RaiseNorms()).changed == 0
+
+
+GAIN, BIAS = torch.linspace(0.5, 2.0, 4), torch.linspace(-1.0, 1.0, 4)
+
+
+class Affine(nn.Module):
+    """A LayerNorm without parameters, then a gain and a bias in operators."""
+
+    def __init__(self, *, between: bool) -> None:
+        super().__init__()
+        self.table, self.between = nn.Embedding(61, 4), between
+        self.gain, self.bias = nn.Parameter(GAIN), nn.Parameter(BIAS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = functional.layer_norm(self.table(ids), (4,)) * self.gain
+        return (x.tanh() if self.between else x) + self.bias
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_layer_norm_takes_its_gain_and_bias(between: bool) -> None:
+    """What stands behind something else stays there."""
+    ids = torch.zeros(2, 7, dtype=torch.long)
+    program = exported_module(Affine(between=between), ids, *READY)
+    before = logits(program)
+    run(program, RaiseNorms())
+    assert relative_error(logits(program), before) < EXACT
+    (norm,) = program.call_nodes(torch.ops.aten.layer_norm.default)
+    assert ("%gain" in pick(program, norm.name), "%bias" in pick(program, norm.name)) == (
+        True, not between
+    )
 
 
 def test_twice() -> None:
