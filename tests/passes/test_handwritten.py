@@ -143,7 +143,8 @@ def check_broken(spelling: Spelling, *, core: bool) -> None:
         assert any(m.what == "attention" for m in program.near_misses)
         return
     (site,) = program.sites.attention
-    assert set(site.refused) == ({forbidden} if forbidden else set())
+    # In a packed projection a break may cost the other transform too; that is no danger.
+    assert forbidden in site.refused if forbidden else site.refused == {}
     mask, causal = program.node(site.core).args[3:5]
     assert causal == (spelling.broken != "noncausal")
     assert (mask is not None) == (spelling.broken == "learned_mask")
