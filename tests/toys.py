@@ -404,6 +404,7 @@ SPELLINGS: tuple[ToyConfig, ...] = (
     ToyConfig(packed_qkv="slice", packed_gate_up="slice", attention_bias=True, mlp_bias=True),
     ToyConfig(packed_qkv="chunk", kv_heads=4, hidden=32),
     ToyConfig(packed_gate_up="chunk"),
+    ToyConfig(packed_qkv="split", qk_norm=True),
     # norms
     ToyConfig(norm="spelled"),
     ToyConfig(norm="spelled_mul"),
