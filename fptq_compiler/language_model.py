@@ -30,6 +30,27 @@ def refuse_inputs(program: Program) -> None:
             raise UnsupportedModelError(message)
 
 
+def refuse_fixed_sizes(program: Program) -> None:
+    """Refuse token ids of one size only: proofs, calibration and use take others.
+
+    Raises:
+        UnsupportedModelError: which size is fixed, and how to free it.
+    """
+    spec = program.inputs[program.ids_index]
+    fixed = [
+        f"{axis} to {size}"
+        for axis, size in zip(("batch", "sequence"), spec.dims, strict=False)
+        if isinstance(size, int)
+    ]
+    if fixed:
+        message = (
+            f"the export fixes the {' and the '.join(fixed)} in {spec.name}, expected both free. "
+            "Export the model with dynamic_shapes={0: torch.export.Dim.DYNAMIC, "
+            "1: torch.export.Dim.DYNAMIC} for its token ids; torch then names what fixes them"
+        )
+        raise UnsupportedModelError(message)
+
+
 def refuse_outputs(program: Program) -> None:
     """Refuse a model whose first output is no logits: of all positions, or of the sequence.
 

@@ -19,7 +19,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import Source, bind_sources
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier, must_preserve
-from fptq_compiler.language_model import refuse_inputs, refuse_outputs
+from fptq_compiler.language_model import refuse_fixed_sizes, refuse_inputs, refuse_outputs
 from fptq_compiler.lower.targets import float_type_of, target_of
 from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
@@ -66,7 +66,8 @@ def take_in(
 
     Raises:
         UnsupportedModelError: nothing embeds token ids; a captured cache, or input, that cannot
-            be taken out; inputs without a plain value; a first output that is no logits.
+            be taken out; inputs without a plain value, or of one size; a first output that is
+            no logits.
         VerificationError: what is left computes something else.
     """
     program = unlift(exported)
@@ -76,6 +77,7 @@ def take_in(
     refuse_outputs(program)
     run_passes(program, (StripCache(),))
     refuse_inputs(program)
+    refuse_fixed_sizes(program)
     if cached:
         run_passes(program, (DropInputs(),))
     return program

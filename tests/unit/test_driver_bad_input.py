@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.compiling import SMALL
-from tests.shop import Shop, archive, save_export
+from tests.shop import FREE, Shop, archive, save_export
 from tests.toys import ToyConfig, make_tokens, make_toy
 
 # --- the model ---------------------------------------------------------------------------------
@@ -91,6 +91,23 @@ def test_a_graph_with_no_transformer_in_it(shop: Shop) -> None:
     assert "fptq-inspect" in shop.said
     pictures = save_export(Convolution(), torch.zeros(2, 3, 8, 8), shop.folder / "conv.pt2")
     shop.fails(3, "expected token ids, masks and positions only", pictures)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fixed"),
+    [
+        ({0: FREE[0]}, "the sequence to 7"),
+        ({1: FREE[1]}, "the batch to 2"),
+        ({}, "the batch to 2 and the sequence to 7"),
+    ],
+)
+def test_an_export_of_one_size(shop: Shop, sizes: dict[int, Any], fixed: str) -> None:
+    path = shop.folder / "fixed.pt2"
+    exported = torch.export.export(
+        make_toy(SMALL), (make_tokens(SMALL, 2, 7),), dynamic_shapes=(sizes,), strict=False
+    )
+    torch.export.save(exported, path)
+    shop.fails(3, f"the export fixes {fixed} in input_ids, expected both free", path)
 
 
 def test_weights_that_are_not_numbers(shop: Shop) -> None:
