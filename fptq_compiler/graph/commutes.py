@@ -20,6 +20,8 @@ from fptq_compiler.graph.evaluate import Region, attribute, run_node
 from fptq_compiler.graph.probe import EXACT
 
 ChannelMap = Callable[[Tensor], Tensor]
+INTEGERS = (1, 0)  # a 0 that masks would make a zero of everything
+SHOWN = 0.7  # the part of a mask that is true
 
 
 class Answer(Enum):
@@ -63,48 +65,63 @@ class Commutes:
     def ask(self, node: Node, mapped: Collection[Node], change: ChannelMap) -> Answer:
         """What `change` of the inputs `mapped` does to the output of `node`.
 
-        Other inputs keep their values: parameters as they are, floating-point values random,
-        integers that depend on the model's inputs zero.
+        Other inputs keep their values: parameters as they are, floating-point values and
+        booleans random, integers 1, or 0 where that is no index.
         """
-        generator = torch.Generator().manual_seed(13)
-        plain = {
-            x: self._value(x, generator)
-            for x in node.all_input_nodes if x.op != "get_attr" or x in mapped
-        }
-        changed = {x: change(v) if x in mapped else v for x, v in plain.items()}
-        try:
-            before, after = (
-                run_node(self._module, node, values, torch.float64) for values in (plain, changed)
-            )
-        except (RuntimeError, IndexError, TypeError):
-            return Answer.OTHER
-        answers = {
-            _compare(b, a, change) for b, a in zip(_tensors(before), _tensors(after), strict=True)
-        }
-        return answers.pop() if len(answers) == 1 else Answer.OTHER
+        for integer in INTEGERS:
+            plain = self._values(node, integer, mapped)
+            changed = {x: change(v) if x in mapped else v for x, v in plain.items()}
+            try:
+                before, after = (
+                    run_node(self._module, node, values, torch.float64)
+                    for values in (plain, changed)
+                )
+            except (RuntimeError, IndexError, TypeError):
+                continue
+            pairs = zip(_tensors(before), _tensors(after), strict=True)
+            answers = {_compare(b, a, change) for b, a in pairs}
+            return answers.pop() if len(answers) == 1 else Answer.OTHER
+        return Answer.OTHER
 
     def is_zero(self, node: Node) -> bool:
         """Whether a node gives zeros whatever it reads, as what sums are begun with."""
-        generator = torch.Generator().manual_seed(14)
-        plain = {x: self._value(x, generator) for x in node.all_input_nodes if x.op != "get_attr"}
-        found = run_node(self._module, node, plain, torch.float64)
-        return isinstance(found, Tensor) and not bool(found.any())
+        for integer in INTEGERS:
+            try:
+                found = run_node(
+                    self._module, node, self._values(node, integer), torch.float64
+                )
+            except (RuntimeError, IndexError, TypeError):
+                continue
+            return isinstance(found, Tensor) and not bool(found.any())
+        return False
 
-    def _value(self, node: Node, generator: torch.Generator) -> Any:
+    def _values(
+        self, node: Node, integer: int, parameters: Collection[Node] = ()
+    ) -> dict[Node, Any]:
+        """What a node reads, without the parameters but those named."""
+        generator = torch.Generator().manual_seed(13)
+        return {
+            x: self._value(x, integer, generator)
+            for x in node.all_input_nodes if x.op != "get_attr" or x in parameters
+        }
+
+    def _value(self, node: Node, integer: int, generator: torch.Generator) -> Any:
         if node.op == "get_attr":
             return attribute(self._module, str(node.target)).double()
         value = node.meta.get("val")
         if isinstance(value, (list, tuple)):
-            return [self._random(node, v, generator) for v in value]
+            return [self._filled(v, integer, generator) for v in value]
         if isinstance(value, Tensor):
-            return self._random(node, value, generator)
+            return self._filled(value, integer, generator)
         return self._region.value(node, {})
 
-    def _random(self, node: Node, value: Tensor, generator: torch.Generator) -> Tensor:
+    def _filled(self, value: Tensor, integer: int, generator: torch.Generator) -> Tensor:
         shape = self._region.sizes(value.shape)
         if value.is_floating_point():
             return torch.randn(shape, generator=generator, dtype=torch.float64)
-        return torch.zeros(shape, dtype=value.dtype)
+        if value.dtype == torch.bool:
+            return torch.rand(shape, generator=generator) < SHOWN
+        return torch.full(shape, integer, dtype=value.dtype)
 
 
 def _tensors(value: Any) -> list[Tensor]:

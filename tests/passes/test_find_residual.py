@@ -101,6 +101,16 @@ def test_site_with_learned_positions() -> None:
     assert site.refused == {}
 
 
+def test_site_with_positions_that_padding_hides() -> None:
+    """The mask comes from the ids; the table behind it is one of the stream's all the same."""
+    edit = _embedding(
+        lambda e, ids: e.table(ids) + e.places(ids.cumsum(1) % 8) * (ids != 0).unsqueeze(-1)
+    )
+    site = edited(ONE, edit, *FIND_SITES).sites.residual
+    assert site is not None
+    assert len(site.tables) == 2
+
+
 class Then(nn.Module):
     """A branch, and something done to what it adds."""
 

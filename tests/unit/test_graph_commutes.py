@@ -22,6 +22,30 @@ WIDTH = 6
 Formula = Callable[[Tensor, Tensor], Tensor]
 
 
+class Masked(nn.Module):
+    """An embedding where a mask of the ids shows it."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.table, self.kind = nn.Embedding(10, WIDTH), kind
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids) * (ids != 0).unsqueeze(-1).to(self.kind)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32])
+def test_a_mask_is_no_zero(kind: torch.dtype) -> None:
+    """What may hide a value must not be taken for what always does."""
+    program = exported_module(Masked(kind), torch.zeros(2, 7, dtype=torch.long))
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    product = output.args[0][0]
+    assert isinstance(product, Node)
+    commutes = Commutes(program.module)
+    (embedding,) = program.call_nodes(torch.ops.aten.embedding.default)
+    assert commutes.ask(product, [embedding], reflection(WIDTH)) is Answer.MAPPED
+    assert not commutes.is_zero(product)
+
+
 class Between(nn.Module):
     """Two embeddings, and a formula of them."""
 
