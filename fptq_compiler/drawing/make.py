@@ -63,19 +63,24 @@ def _legend(found: Inspection) -> tuple[tuple[Chip, str], ...]:
 
 
 def _labels(program: Program, condensed: Condensed) -> list[str]:
-    """The block of each box: by the residual stream, or by the numbers of the parameters."""
-    blocks = outline(program)
-    if len(blocks) > 1:
-        paths = _paths(condensed)
-        where = {node: number for number, block in enumerate(blocks) for node in block.nodes}
-        numbers = [where.get(nodes[-1], 0) for nodes in condensed.nodes]
-        names = [block.name for block in blocks]
-        for number in range(1, len(blocks) - 1):
-            inside = [p for p, n in zip(paths, numbers, strict=True) if n == number and p]
-            if len(set(inside)) == 1:
-                names[number] = inside[0]
-        return [names[n] for n in numbers]
-    return _by_paths(_paths(condensed), condensed.edges)
+    """The block of each box: by the outline, or by the numbers of the parameters.
+
+    The outline cuts in front of attentions; where it holds two numbered modules together, one of
+    them has no attention that is known.
+    """
+    blocks, paths = outline(program), _paths(condensed)
+    where = {node: number for number, block in enumerate(blocks) for node in block.nodes}
+    numbers = [where.get(nodes[-1], 0) for nodes in condensed.nodes]
+    names = [block.name for block in blocks]
+    for number in range(1, len(blocks) - 1):
+        inside = {p for p, n in zip(paths, numbers, strict=True) if n == number and p}
+        if len(inside) == 1:
+            names[number] = inside.pop()
+        elif inside:
+            return _by_paths(paths, condensed.edges)
+    if len(blocks) == 1:
+        return _by_paths(paths, condensed.edges)
+    return [names[n] for n in numbers]
 
 
 def _paths(condensed: Condensed) -> list[str]:
