@@ -13,7 +13,7 @@ from fptq_compiler.graph import ops
 from fptq_compiler.graph.foreign import custom_operators
 from fptq_compiler.graph.program import Program, source_line
 from fptq_compiler.inspection import Unrecognised
-from fptq_compiler.passes.linears import LINEAR, MOVES, is_linear, weight_node
+from fptq_compiler.passes.linears import LINEAR, MOVES, nearest_linears, weight_node
 from fptq_compiler.source_line import SourceLine
 
 aten = torch.ops.aten
@@ -148,26 +148,10 @@ def _known_linears(program: Program) -> set[str]:
     known = {r.node for r in (*refs, *sites.routers) if r is not None}
     for core in program.call_nodes(ops.attention):
         operands = [x for x in core.args[:3] if isinstance(x, Node)]
-        known |= {n.name for n in _nearest_linears(operands)}
+        known |= {n.name for n in nearest_linears(*operands, stops=(ops.attention,))}
     (output,) = (n for n in program.graph.nodes if n.op == "output")
-    heads = _nearest_linears(output.all_input_nodes)
+    heads = nearest_linears(*output.all_input_nodes, stops=(ops.attention,))
     return known | ({n.name for n in heads} if len(heads) == 1 else set())
-
-
-def _nearest_linears(starts: Sequence[Node]) -> set[Node]:
-    """The linears reached backwards without passing another, or an attention."""
-    found: set[Node] = set()
-    frontier, seen = list(starts), set()
-    while frontier:
-        node = frontier.pop()
-        if node in seen or node.target is ops.attention:
-            continue
-        seen.add(node)
-        if is_linear(node):
-            found.add(node)
-        else:
-            frontier.extend(node.all_input_nodes)
-    return found
 
 
 def _weight(node: Node) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal
 from fptq_compiler.graph.program import InputSpec, Program
@@ -149,8 +150,7 @@ def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _
 def _lay_heads_side_by_side(probe: Probe, core: Node) -> None:
     """Give every operand a value (B, S, H·D) to be read from, where it has none."""
     for position in range(3):
-        operand = core.args[position]
-        assert isinstance(operand, Node)
+        operand = input_node(core, position)
         if operand.target in (ops.fake_quantize, cache_ops.stored):
             operand = operand.all_input_nodes[0]
         if isinstance(head_map(probe, operand), Refusal):

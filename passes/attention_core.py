@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.evaluate import Region, run_node
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.patterns import words
 from fptq_compiler.graph.surgery import call
 from fptq_compiler.passes.canonicalize import CASTS
@@ -113,8 +114,7 @@ def read_core(region: Region, softmax: Node) -> Core:
     path = _to_product(softmax)
     mixing = _mixing(softmax)
     product, *between = path
-    scores = softmax.args[0]
-    assert isinstance(scores, Node)
+    scores = input_node(softmax)
     core = Core(product, scores, softmax, mixing)
     if product.target is SHIFTED_PRODUCT:
         _read_shift(region, core)
@@ -137,8 +137,7 @@ def activations(node: Node) -> bool:
 def _to_product(softmax: Node) -> list[Node]:
     """From the product of two activations to what the softmax reads."""
     path: list[Node] = []
-    node = softmax.args[0]
-    assert isinstance(node, Node)
+    node = input_node(softmax)
     while True:
         path.insert(0, node)
         if _is_product(node):
@@ -204,8 +203,7 @@ def _mixing(softmax: Node) -> Node:
 def _read_shift(region: Region, core: Core) -> None:
     """Read beta * mask + alpha * scores."""
     node = core.product
-    mask = node.args[0]
-    assert isinstance(mask, Node)
+    mask = input_node(node)
     beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
     assert isinstance(alpha, (int, float))
     core.scale *= alpha

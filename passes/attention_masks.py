@@ -70,9 +70,9 @@ class Masks:
 
     def _shown(self, mask: Node, batch: int, sequence: int) -> torch.Tensor | None:
         """What the mask shows, as booleans; None where it adds more than zeros and hides."""
-        found = Region(self._program.module, batch, sequence).value(mask, {})
+        found: torch.Tensor = Region(self._program.module, batch, sequence).value(mask, {})
         if found.dtype == torch.bool:
-            return found  # type: ignore[no-any-return]
+            return found
         shown = found > HIDDEN
         return shown if bool((found[shown] == 0).all()) else None
 

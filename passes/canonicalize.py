@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.evaluate import ancestors, attribute
 from fptq_compiler.graph.foreign import WRAPPERS
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program, source_line
 from fptq_compiler.graph.shaped import same_shape
@@ -82,8 +83,7 @@ def _inline(module: GraphModule, node: Node) -> None:
     position = next(
         i for i, a in enumerate(node.args) if isinstance(a, Node) and _is_graph(module, a)
     )
-    inner_node = node.args[position]
-    assert isinstance(inner_node, Node)
+    inner_node = input_node(node, position)
     inner = attribute(module, str(inner_node.target))
     operands = list(node.args[position + 1 :])
     values: dict[Node, Any] = {}
@@ -192,8 +192,7 @@ def _drop_unread_writes(program: Program) -> int:
     dropped = 0
     for node in list(program.graph.nodes):
         if node.target is aten.copy_.default and not node.users:
-            buffer = node.args[0]
-            assert isinstance(buffer, Node)
+            buffer = input_node(node)
             if buffer.op == "get_attr" and str(buffer.target) not in read:
                 node.graph.erase_node(node)
                 dropped += 1
@@ -206,8 +205,9 @@ def _refuse_mutation(program: Program) -> None:
         schema = getattr(node.target, "_schema", None)
         if node.op == "call_function" and schema is not None and schema.is_mutable:
             written = node.args[0] if node.args else None
-            buffer = isinstance(written, Node) and written.op == "get_attr"
-            what = f"buffer {written.target}" if buffer else "a tensor"  # type: ignore[union-attr]
+            what = "a tensor"
+            if isinstance(written, Node) and written.op == "get_attr":
+                what = f"buffer {written.target}"
             where = next((x for x in map(source_line, (node, *node.all_input_nodes)) if x), "")
             message = (
                 f"node {node.name} ({node.target}) changes {what} in place, expected a model "

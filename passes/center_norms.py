@@ -18,6 +18,7 @@ from torch.fx import Node
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.commutes import Commutes
 from fptq_compiler.graph.edges import CenterEdge, ShiftEdge, insert_edge
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stream import LAYER_NORM, readers_behind
@@ -78,8 +79,7 @@ def _rewrite(program: Program, norm: Node) -> Node:
 @torch.no_grad()
 def _shift(program: Program, linear: Node, beta: torch.Tensor, norm: str) -> None:
     """Give a linear the bias b + W β; where it has none, b is zero."""
-    weight = linear.args[1]
-    assert isinstance(weight, Node)
+    weight = input_node(linear, 1)
     W = program.parameter(str(weight.target))
     bias = linear.args[2] if len(linear.args) > 2 else None
     if not isinstance(bias, Node):

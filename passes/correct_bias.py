@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program, WeightQuantizer
 from fptq_compiler.graph.surgery import get_parameter, set_parameter
@@ -42,8 +43,7 @@ class CorrectBias(Pass):
         quantizers = {q.module: q for q in program.weight_quantizers if q.role == "linear"}
         changed = 0
         for node in program.call_nodes(LINEAR):
-            edge = node.args[1]
-            assert isinstance(edge, Node)
+            edge = input_node(node, 1)
             if node.name in self.means and edge.target in quantizers:
                 _correct(program, node, quantizers[str(edge.target)], *self.means[node.name])
                 changed += 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal, between, outside_reader
 from fptq_compiler.graph.program import NearMiss, Program, source_line
@@ -150,8 +151,7 @@ def _output(program: Program, probe: Probe, core: Node, output: Node | None,
     if output is None:
         refuse("value", "no single linear layer reads the attention's output", core)
         return None
-    source = output.args[0]
-    assert isinstance(source, Node)
+    source = input_node(output)
     ref = linear_ref(program, output)
     if ref is None:
         refuse("value", "the output projection's weight is not a parameter", output)
@@ -184,8 +184,7 @@ def _check_readers(probe: Probe, traced: dict[str, _Operand | Refusal], core: No
         if reader is not None and reader not in everything:
             refuse(transform, f"{role} has a second reader, {reader.name}", reader)
     if output is not None:
-        source = output.args[0]
-        assert isinstance(source, Node)
+        source = input_node(output)
         path = between(core, source)
         reader = outside_reader(core, path | {source, output}, output)
         if reader is not None:

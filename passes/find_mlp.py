@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.probe import Probe, between, outside_reader
 from fptq_compiler.graph.program import NearMiss, Program, source_line
@@ -36,8 +37,7 @@ class FindMlp(Pass):
         probe = Probe(program.module)
         sites, misses = [], []
         for node in program.call_nodes(aten.linear.default):
-            source = node.args[0]
-            assert isinstance(source, Node)
+            source = input_node(node)
             projections = _behind(source)
             if not projections:
                 continue

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from fptq_compiler.graph.edges import insert_map, insert_online, is_online
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.sites import LinearRef
@@ -160,8 +160,7 @@ class InsertHadamard(Pass):
         for site in program.sites.mlp:
             name = f"hadamard.{site.name}"
             down = program.node(site.down.node)
-            source = down.args[0]
-            assert isinstance(source, Node)
+            source = input_node(down)
             if "hadamard" in site.refused or is_online(program, source):
                 continue
             if name not in program.maps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Node
 
@@ -64,13 +66,13 @@ def parameter_readers(program: Program, parameter: Node) -> int:
     )
 
 
-def nearest_linears(node: Node) -> list[Node]:
-    """The linears reached backwards from `node` without passing another."""
+def nearest_linears(*starts: Node, stops: Sequence[object] = ()) -> list[Node]:
+    """The linears reached backwards without passing another, or a node that calls a stop."""
     found: list[Node] = []
-    stack, seen = [node], set()
+    stack, seen = list(starts), set()
     while stack:
         current = stack.pop()
-        if current in seen:
+        if current in seen or current.target in stops:
             continue
         seen.add(current)
         if is_linear(current):

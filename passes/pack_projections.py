@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import cache_ops, ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program, WeightQuantizer
 from fptq_compiler.graph.surgery import call, get_parameter, set_parameter
@@ -73,8 +74,7 @@ def _pack(program: Program, core: Node, parts: list[Node]) -> None:
 
 
 def _name(linear: Node, argument: int) -> str:
-    node = linear.args[argument]
-    assert isinstance(node, Node)
+    node = input_node(linear, argument)
     return str(node.target)
 
 

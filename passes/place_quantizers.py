@@ -15,6 +15,7 @@ from torch.fx import Node
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.edges import weight_end
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.graph.surgery import add_module, call_module
@@ -69,8 +70,7 @@ class PlaceQuantizers(Pass):
         if self.cache != FLOAT_BITS:
             for core in program.call_nodes(ops.attention):
                 for position, role in ((1, "key"), (2, "value")):
-                    source = core.args[position]
-                    assert isinstance(source, Node)
+                    source = input_node(core, position)
                     _place_activation(
                         program, source, [core], self.cache, role,
                         symmetric=self.symmetric or self.stored_cache, stored=self.stored_cache,
@@ -81,8 +81,7 @@ class PlaceQuantizers(Pass):
     def _place_inputs(self, program: Program, linears: list[Node], heads: set[Node]) -> None:
         sources: dict[Node, list[Node]] = {}
         for node in linears:
-            source = node.args[0]
-            assert isinstance(source, Node)
+            source = input_node(node)
             sources.setdefault(source, []).append(node)
         for source, readers in sources.items():
             is_head = any(r in heads for r in readers)
@@ -103,8 +102,7 @@ def _refuse_odd_rows(table: Node, bits: int) -> None:
 
 def _place_weight(program: Program, reader: Node, position: int, bits: int, block: int,
                   role: str) -> None:
-    argument = reader.args[position]
-    assert isinstance(argument, Node)
+    argument = input_node(reader, position)
     end = weight_end(program, argument)
     if end is None:
         return

@@ -12,6 +12,7 @@ The rewrite is kept where both forms give the same on random tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph.evaluate import Region, ancestors
+from fptq_compiler.graph.inputs import input_nodes
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import EXACT, between
 from fptq_compiler.graph.program import NearMiss, Program, source_line
@@ -121,9 +123,7 @@ def _behind(source: Node) -> list[Node]:
 
 def _product(node: Node) -> _Product | None:
     if str(node.target) in GROUPED:
-        rows, weights = node.args[:2]
-        assert isinstance(rows, Node)
-        assert isinstance(weights, Node)
+        rows, weights = input_nodes(node, 2)
         transposed = True
         while weights.target is aten.transpose.int:
             weights, transposed = weights.all_input_nodes[0], not transposed
@@ -195,12 +195,7 @@ def _rewrite(program: Program, mixture: _Mixture) -> None:
     total: Node | None = None
     for expert, (first, second) in enumerate(zip(up, down, strict=True)):
         hidden = _linear(before, mixture.tokens, first)
-        values = {mixture.up.result: hidden}
-        for node in middle:
-            with before.graph.inserting_before(before):
-                values[node] = before.graph.node_copy(node, lambda n: values.get(n, n))  # noqa: B023
-            record(values[node])
-        out = _linear(before, values.get(mixture.down.rows, hidden), second)
+        out = _linear(before, _copied(middle, {mixture.up.result: hidden}, before), second)
         share = call(before.graph, before, aten.slice.Tensor, (routing, 1, expert, expert + 1),
                      like=None)
         weighted = call(before.graph, before, aten.mul.Tensor, (out, record(share)), like=out)
@@ -212,6 +207,16 @@ def _rewrite(program: Program, mixture: _Mixture) -> None:
         reason = "the experts computed one by one give something else"
         raise _OtherMixtureError(reason, mixture.result)
     replace(mixture.result, total)
+
+
+def _copied(nodes: Sequence[Node], values: dict[Node, Node], before: Node) -> Node:
+    """The last of `nodes` copied in front of `before`, on `values` in place of what they read."""
+    (found,) = values.values()
+    for node in nodes:
+        with before.graph.inserting_before(before):
+            found = before.graph.node_copy(node, lambda n: values.get(n, n))
+        values[node] = record(found)
+    return found
 
 
 def _stored(program: Program, product: _Product, before: Node) -> list[Node]:
@@ -231,8 +236,8 @@ def _routing(mixture: _Mixture, experts: int) -> Node:
     """(T, E): the share of each expert in each token."""
     before = mixture.result
 
-    def emit(target: object, *args: object) -> Node:
-        return record(call(before.graph, before, target, args, like=None))  # type: ignore[arg-type]
+    def emit(target: Callable[..., object], *args: object) -> Node:
+        return record(call(before.graph, before, target, args, like=None))
 
     numbers = emit(aten.arange.default, experts)
     equal = emit(aten.eq.Tensor, emit(aten.unsqueeze.default, mixture.chosen, -1), numbers)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph.evaluate import Region
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe
 from fptq_compiler.graph.program import Program
@@ -79,20 +80,15 @@ class _Product:
 
 def _product(node: Node) -> _Product | None:
     """A product of an activation and one parameter whose values are moved, not changed."""
-    bias: tuple[Node, ...] = ()
-    if node.target is aten.addmm.default and not node.kwargs:
-        bias, (x, weight) = node.args[:1], node.args[1:]  # type: ignore[assignment]
-    elif node.target is LINEAR:
-        (x, weight), bias = node.args[:2], node.args[2:]  # type: ignore[assignment]
-    elif node.target in PRODUCTS:
-        x, weight = node.args
-    else:
+    with_bias = node.target is aten.addmm.default and not node.kwargs
+    if not with_bias and node.target is not LINEAR and node.target not in PRODUCTS:
         return None
-    assert isinstance(x, Node)
-    assert isinstance(weight, Node)
+    first = 1 if with_bias else 0
+    x, weight = input_node(node, first), input_node(node, first + 1)
+    bias = tuple(n for n in node.all_input_nodes if n not in (x, weight))
     parameter = _moved(weight)
     known = node.target is LINEAR and parameter is weight
-    if parameter is None or known or any(b.op != "get_attr" for b in bias if b):
+    if parameter is None or known or any(b.op != "get_attr" for b in bias):
         return None
     if weight.meta["val"].dim() < 2 or _moved(x) is not None:
         return None
@@ -102,7 +98,7 @@ def _product(node: Node) -> _Product | None:
 def _moved(node: Node) -> Node | None:
     """The parameter that a chain of moves begins with; None where it does not."""
     while node.target in (*MOVES, aten.t.default, aten.expand.default):
-        node = node.args[0]  # type: ignore[assignment]
+        node = input_node(node)
     return node if node.op == "get_attr" else None
 
 
@@ -141,8 +137,7 @@ def _fresh(program: Program, base: str) -> str:
 
 def _keep_axes(linear: Node) -> int:
     """Move a view that merges leading axes from in front of a linear to behind it."""
-    view = linear.args[0]
-    assert isinstance(view, Node)
+    view = input_node(linear)
     if view.target not in VIEWS:
         return 0
     merged = view.meta["val"].shape
@@ -153,8 +148,7 @@ def _keep_axes(linear: Node) -> int:
     x = source
     if axis < len(sizes) - 1:
         x = shaped_call(graph, linear, aten.flatten.using_ints, (source, axis), like=view)
-    weight = linear.args[1]
-    assert isinstance(weight, Node)
+    weight = input_node(linear, 1)
     y = call(graph, linear, LINEAR, (x, *linear.args[1:]), like=linear)
     y.meta["val"] = linear.meta["val"].new_empty((*sizes[:axis], weight.meta["val"].shape[0]))
     back = shaped_call(graph, linear, aten.flatten.using_ints, (y, 0, axis - 1), like=linear)
@@ -168,7 +162,7 @@ def _with_more_axes(view: Node) -> tuple[Node, int]:
     """The earliest value of which `view` only merges axes, and where the inner ones begin."""
     found, found_axis, source = view, 0, view
     while source.target in VIEWS:
-        source = source.args[0]  # type: ignore[assignment]
+        source = input_node(source)
         axis = _first_inner_axis(source.meta["val"].shape, view.meta["val"].shape[-1])
         if axis >= 2:
             found, found_axis = source, axis
@@ -240,7 +234,7 @@ def _take_bias(program: Program, region: Region, node: Node) -> int:
 def _only_linear(y: Node) -> Node | None:
     """The linear without a bias that `y` is, moved, where nothing else reads it."""
     while len(y.users) == 1 and y.target in MOVES:
-        y = y.args[0]  # type: ignore[assignment]
+        y = input_node(y)
     return y if is_linear(y) and len(y.users) == 1 and len(y.args) == 2 else None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.patterns import (
     Alt,
     Commutes,
@@ -116,9 +117,8 @@ class RaiseNorms(Pass):
 
 
 def _raise_operator(node: Node) -> int:
-    x, shape = node.args[0], node.args[1]
-    assert isinstance(x, Node)
-    if len(shape) != 1:  # type: ignore[arg-type]
+    x, shape = input_node(node), node.args[1]
+    if not isinstance(shape, (list, tuple)) or len(shape) != 1:
         return 0
     gain = node.args[2] if len(node.args) > 2 else None
     epsilon = node.args[3] if len(node.args) > 3 else None
@@ -189,8 +189,7 @@ def _raise_spelling(found: Match, node: Node) -> None:
 
 
 def _only_widens(cast: Node) -> bool:
-    source = cast.args[0]
-    assert isinstance(source, Node)
+    source = input_node(cast)
     before, after = source.meta["val"].dtype, cast.meta["val"].dtype
     return bool(before.is_floating_point and after in (torch.float32, torch.float64))
 
@@ -258,8 +257,7 @@ def _take_mean(norm: Node) -> None:
 def _narrow(y: Node, norm: Node) -> Node:
     """What `y` was before it was widened to the type of the statistics."""
     while y.target in CASTS and _only_widens(y):
-        source = y.args[0]
-        assert isinstance(source, Node)
+        source = input_node(y)
         y = source
     return y
 

@@ -7,13 +7,14 @@ A complex value (...) has a twin (..., 2). Where one operator has no real form h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.shaped import shaped_call
@@ -82,14 +83,12 @@ def _read(node: Node, twins: dict[Node, Node]) -> Node:
 
 def _source(node: Node, twins: dict[Node, Node]) -> tuple[Node, int]:
     """The twin of the first argument, and the rank of the complex value."""
-    source = node.args[0]
-    assert isinstance(source, Node)
+    source = input_node(node)
     return twins[source], source.meta["val"].dim()
 
 
 def _same(node: Node, twins: dict[Node, Node], make: Make) -> Node:
-    found = node.args[0]
-    assert isinstance(found, Node)
+    found = input_node(node)
     return found
 
 
@@ -107,15 +106,14 @@ def _complex(node: Node, twins: dict[Node, Node], make: Make) -> Node:
 
 
 def _product(node: Node, twins: dict[Node, Node], make: Make) -> Node:
-    left, right = node.args
-    if left not in twins or right not in twins:
-        number, factor = (left, right) if left in twins else (right, left)
+    numbers = [twins[x] for x in node.args if isinstance(x, Node) and x in twins]
+    if len(numbers) == 1:
+        (factor,) = (x for x in node.args if not isinstance(x, Node) or x not in twins)
         if isinstance(factor, Node):
             factor = make(aten.unsqueeze.default, factor, -1)
-        return make(aten.mul.Tensor, twins[number], factor)  # type: ignore[index]
+        return make(aten.mul.Tensor, numbers[0], factor)
     (a, b), (c, d) = (
-        [make(aten.select.int, twins[x], -1, part) for part in (0, 1)]  # type: ignore[index]
-        for x in (left, right)
+        [make(aten.select.int, twin, -1, part) for part in (0, 1)] for twin in numbers
     )
 
     def multiply(x: Node, y: Node) -> Node:
@@ -153,9 +151,7 @@ def _exchanged(node: Node, twins: dict[Node, Node], make: Make) -> Node:
         assert isinstance(second, int)
         axes[first], axes[second] = axes[second], axes[first]
     else:
-        given = node.args[1]
-        assert isinstance(given, (list, tuple))
-        axes = [int(axis) % rank for axis in given]  # type: ignore[arg-type]
+        axes = [axis % rank for axis in cast(Sequence[int], node.args[1])]
     return make(aten.permute.default, twin, [*axes, rank])
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import set_parameter
@@ -44,8 +44,7 @@ class RoundScales(Pass):
             changed += found != scale
             node.update_arg(1, found)
         for node in (*program.call_nodes(ops.linear), *program.call_nodes(ops.embedding)):
-            argument = node.args[2]
-            assert isinstance(argument, Node)
+            argument = input_node(node, 2)
             name = str(argument.target)
             old = program.parameter(name)
             new = self._rounded(old, name)

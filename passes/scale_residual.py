@@ -12,13 +12,14 @@ bias of that linear is scaled too: the linear loses it and S_n b is added. All i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import call, replace
@@ -78,8 +79,9 @@ class _Scale:
         """The same behind a view of the stream that moves tokens."""
         sizes = view.args[1]
         assert isinstance(sizes, (list, tuple))
+        sizes = [*sizes[:-1], 1]
         moved = [
-            call(view.graph, view, view.target, (n, [*sizes[:-1], 1]), like=None)  # type: ignore[arg-type]
+            call(view.graph, view, aten.reshape.default, (n, sizes), like=None)
             for n in (self.factor, self.error)
         ]
         return _Scale(*moved)
@@ -92,8 +94,8 @@ def _normalize(stream: Node, norms: Sequence[Node], previous: _Scale | None) -> 
     first = min(r for r in stream.users if r.target is not aten.sym_size.int)
     assert isinstance(epsilon, float)
 
-    def emit(target: object, *args: object) -> Node:
-        return call(graph, first, target, args, like=None)  # type: ignore[arg-type]
+    def emit(target: Callable[..., object], *args: object) -> Node:
+        return call(graph, first, target, args, like=None)
 
     total = emit(ops.sum_of_squares, stream)
     error = epsilon * width if previous is None else previous.error
@@ -130,16 +132,14 @@ def _leaves(value: Node) -> list[Node]:
         terms = [x for x in value.args if isinstance(x, Node)]
         return [leaf for x in terms for leaf in _leaves(x)]
     if value.target is aten.mul.Tensor and isinstance(value.args[1], (int, float)):
-        source = value.args[0]
-        assert isinstance(source, Node)
+        source = input_node(value)
         return _leaves(source)
     return [value]
 
 
 def _on_tokens(linear: Node, addition: Node) -> bool:
     """Whether a linear with one reader reads a row for every token of the stream."""
-    source = linear.args[0]
-    assert isinstance(source, Node)
+    source = input_node(linear)
     rows, tokens = (n.meta["val"].shape[:-1] for n in (source, addition))
     return len(linear.users) == 1 and str(tuple(rows)) == str(tuple(tokens))
 

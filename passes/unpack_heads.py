@@ -11,6 +11,7 @@ giving every channel its number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_nodes
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.probe import Probe, Refusal, between, outside_reader
 from fptq_compiler.graph.program import Program
@@ -100,11 +102,11 @@ def _reorder(
 def _reorder_output(program: Program, probe: Probe, core: Node) -> int:
     """Let the output projection read the heads side by side."""
     output = forward_linear(core)
-    if output is None or probe.is_head_merge(core, output.args[0]):  # type: ignore[arg-type]
+    if output is None:
         return 0
-    source, weight = output.args[:2]
-    assert isinstance(source, Node)
-    assert isinstance(weight, Node)
+    source, weight = input_nodes(output, 2)
+    if probe.is_head_merge(core, source):
+        return 0
     if weight.op != "get_attr" or parameter_readers(program, weight) > 1:
         return 0
     numbers = torch.arange(torch.Size(probe.region.shape(core)).numel(), dtype=torch.float64)
@@ -199,8 +201,8 @@ def _rewire(projection: Node, found: _Heads, index: Tensor, start: int) -> None:
     before, graph = found.node.next, found.node.graph
     heads, width = index.shape
 
-    def make(x: Node, target: object, *arguments: object) -> Node:
-        return shaped_call(graph, before, target, (x, *arguments), like=found.node)  # type: ignore[arg-type]
+    def make(x: Node, target: Callable[..., object], *arguments: object) -> Node:
+        return shaped_call(graph, before, target, (x, *arguments), like=found.node)
 
     x = make(projection, aten.slice.Tensor, 2, start, start + index.numel())
     x = make(x, aten.unflatten.int, 2, [heads, width])

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fptq_compiler.errors import UnsupportedModelError, VerificationError
 from fptq_compiler.graph import evaluate
+from fptq_compiler.graph.inputs import input_nodes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.verify import TOLERANCE, relative_error
 from fptq_compiler.passes.captured_cache import COPY_BACK, Slot
@@ -229,9 +230,7 @@ def _plain_value(node: Node, ids: Tensor, start: int) -> Tensor:
 
 def _take_out(module: GraphModule, write: Node) -> _State:
     """A buffer that is written back becomes an input."""
-    buffer, value = write.args[:2]
-    assert isinstance(buffer, Node)
-    assert isinstance(value, Node)
+    buffer, value = input_nodes(write, 2)
     target = str(buffer.target)
     first = next(iter(module.graph.nodes))
     with module.graph.inserting_before(first):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.rows import Rows
 from fptq_compiler.graph.surgery import add_module, call_module, set_parameter
@@ -144,8 +145,7 @@ def insert_edge(program: Program, path: str, parameter: str, edge: Edge) -> None
 
 def insert_online(program: Program, name: str, transform: Map, reader: Node) -> Node:
     """Put a map on the first argument of `reader`, computed at run time."""
-    source = reader.args[0]
-    assert isinstance(source, Node)
+    source = input_node(reader)
     path = f"online.{name.replace('.', '_')}"
     add_module(program.module, path, OnlineEdge(transform))
     edge = call_module(program.graph, reader, path, (source,), like=source)
@@ -206,8 +206,7 @@ def chains(program: Program) -> dict[str, list[Edge]]:
 def weight_end(program: Program, node: Node) -> Node | None:
     """The parameter behind a chain of edges, or None where something else stands there."""
     while _is_edge(program, node):
-        source = node.args[0]
-        assert isinstance(source, Node)
+        source = input_node(node)
         node = source
     return node if node.op == "get_attr" else None
 
@@ -237,8 +236,7 @@ def fold(program: Program) -> int:
             set_parameter(program.module, name, _folded(program.parameter(name), edges))
     for node in list(program.graph.nodes):
         if _is_edge(program, node):
-            source = node.args[0]
-            assert isinstance(source, Node)
+            source = input_node(node)
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
     return len(plan)

@@ -147,14 +147,3 @@ def clean(module: fx.GraphModule) -> None:
             delattr(parent, last)
     module.graph.lint()
     module.recompile()
-
-
-def sole_path(source: Node, target: Node, region: set[Node]) -> Node | None:
-    """A reader of a node between `source` and `target` that lies outside `region`, if any."""
-    for node in [source, *region]:
-        if node is target:
-            continue
-        for reader in node.users:
-            if reader is not target and reader not in region:
-                return reader
-    return None

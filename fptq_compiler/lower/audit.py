@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 
 import onnx_ir as ir
-from torch.fx import Node
 
 from fptq_compiler.graph import ops
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCK, BLOCKS
 from fptq_compiler.report import AuditRow
@@ -60,8 +60,7 @@ def _embedding_widths(program: Program) -> dict[str, int]:
     """How many values stand for a token, by the name of the codes."""
     found = {}
     for node in program.call_nodes(ops.embedding):
-        codes = node.args[1]
-        assert isinstance(codes, Node)
+        codes = input_node(node, 1)
         found[str(codes.target)] = int(node.meta["val"].shape[-1])
     return found
 

@@ -27,6 +27,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph import cache_ops, evaluate, ops
 from fptq_compiler.graph.evaluate import Environment, bind_inputs, last_uses, run_node
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCKS, unpack_blocks
 from fptq_compiler.lower.contract import ACCURACY_LEVEL, contract_of, session_options
@@ -219,8 +220,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def _weight_codes_equal(program: Program, model: ir.Model) -> bool:
     initializers = model.graph.initializers
     for node in (*program.call_nodes(ops.linear), *program.call_nodes(ops.embedding)):
-        argument = node.args[1]
-        assert isinstance(argument, Node)
+        argument = input_node(node, 1)
         name = str(argument.target)
         expected = program.parameter(name).numpy()
         stored, blocks = initializers.get(name), initializers.get(f"{name}{BLOCKS}")

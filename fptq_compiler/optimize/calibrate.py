@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph.blocks import BlockRunner
 from fptq_compiler.graph.evaluate import Environment, run_node
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.optimize.pool import one_thread_each
@@ -83,18 +84,15 @@ class _Collector:
 
     def __call__(self, node: Node, environment: Environment) -> object:
         if node.op == "call_module" and node.target in self._weights:
-            source = node.args[0]
-            assert isinstance(source, Node)
+            source = input_node(node)
             return self._load(source, environment)
         if node.op == "call_module" and node.target in self._records:
-            source = node.args[0]
-            assert isinstance(source, Node)
+            source = input_node(node)
             value = environment[source]
             self.kept.setdefault(str(node.target), []).append(value.detach())
             return value
         if node.target is LINEAR:
-            source = node.args[0]
-            assert isinstance(source, Node)
+            source = input_node(node)
             self.means.setdefault(node, []).append(token_mean(environment[source]))
             if node is self._last:
                 return None  # the logits: the largest tensor of all, and nothing reads them
@@ -202,8 +200,7 @@ def _set_range(
 
 def _quantized_mean(node: Node, exact: Tensor, result: Calibration) -> Tensor:
     """The mean of what the linear reads once its quantiser is at work; `exact` without one."""
-    source = node.args[0]
-    assert isinstance(source, Node)
+    source = input_node(node)
     return result.quantized_means.get(source.name, exact)
 
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 from fptq_compiler.graph.blocks import BlockRunner
 from fptq_compiler.graph.edges import WeightEdge, chains, weight_end
 from fptq_compiler.graph.evaluate import Environment, run_node
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.transforms import Side
 
@@ -87,8 +88,7 @@ def _linear_inputs(program: Program) -> Iterator[tuple[Node, _Wanted]]:
 def _before_online(node: Node) -> Node:
     """What an online map reads, where `node` is one; its inverse stands in the weight."""
     while node.op == "call_module" and str(node.target).startswith("online."):
-        source = node.args[0]
-        assert isinstance(source, Node)
+        source = input_node(node)
         node = source
     return node
 
