@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.edges import transformed
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program, WeightQuantizer
@@ -55,11 +56,10 @@ def _correct(
 ) -> None:
     module = program.module.get_submodule(quantizer.module)
     assert isinstance(module, WeightFakeQuantizer)
-    weight = program.parameter(quantizer.parameter)
+    weight = transformed(program, input_node(input_node(node, 1)))
     shift = weight.double() @ exact.double() - module(weight).double() @ quantized.double()
-    old = node.args[2] if len(node.args) > 2 else None
-    if isinstance(old, Node):
-        shift = shift + program.parameter(str(old.target)).double()
+    if len(node.args) > 2 and isinstance(node.args[2], Node):
+        shift = shift + transformed(program, input_node(node, 2)).double()
     name = f"{quantizer.parameter}_bias"
     bias = shift.to(weight.dtype)
     set_parameter(program.module, name, bias)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.graph.edges import OnlineEdge
+from fptq_compiler.graph.edges import OnlineEdge, ReorderEdge, insert_edge, weight_end
+from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import (
@@ -88,13 +89,21 @@ def _freeze(program: Program, node: Node, transform: Hadamard) -> None:
 
 @torch.no_grad()
 def _reorder_readers(program: Program, node: Node, order: Tensor) -> None:
-    """Put the input channels of every linear behind `node` into this order."""
-    for reader in node.users:
-        weight = reader.args[1] if is_linear(reader) else None
-        assert isinstance(weight, Node), f"{reader.name} reads an online map, expected a linear"
-        name = str(weight.target)
-        value = program.parameter(name)
-        set_parameter(program.module, name, value[:, order.to(value.device)])
+    """Put the input channels of every linear behind `node` into this order.
+
+    Where a map that is still trained stands on the weight, the order follows it on its own edge.
+    """
+    edge = ReorderEdge(order)
+    for reader in list(node.users):
+        assert is_linear(reader), f"{reader.name} reads an online map, expected a linear"
+        weight = input_node(reader, 1)
+        parameter = weight_end(program, weight)
+        assert parameter is not None, f"the weight of {reader.name} is no parameter"
+        name = str(parameter.target)
+        if parameter is weight:
+            set_parameter(program.module, name, edge(program.parameter(name)))
+        else:
+            insert_edge(program, f"edges.order.{name.replace('.', '_')}", name, edge)
 
 
 def _shared(program: Program, before: Node, name: str, value: Tensor) -> Node:

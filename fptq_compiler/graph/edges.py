@@ -7,7 +7,7 @@ float64 and leaves the parameter alone, under its old name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,21 @@ class CenterEdge(Edge):
         """The parameter that writes values of mean zero."""
         axis = 0 if self.side is Side.OUT else -1
         return weight - weight.mean(axis, keepdim=True)
+
+
+class ReorderEdge(Edge):
+    """Puts the input channels of a weight (out, in) into another order."""
+
+    side = Side.IN
+
+    def __init__(self, order: Tensor) -> None:
+        """Take by new place the old channel, (in,) int64."""
+        super().__init__()
+        self.register_buffer("order", order)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight that reads its input in that order."""
+        return weight[:, self.get_buffer("order").to(weight.device)]
 
 
 class OnlineEdge(nn.Module):
@@ -186,28 +201,26 @@ def chains(program: Program) -> dict[str, list[Edge]]:
     """For every parameter with edges, its edges from the parameter outwards."""
     found: dict[str, list[Edge]] = {}
     for node in program.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        edges: list[Edge] = []
-        end = node
-        while True:
-            following = [u for u in end.users if _is_edge(program, u)]
-            if not following:
-                break
-            end = following[0]
-            edge = program.module.get_submodule(str(end.target))
-            assert isinstance(edge, Edge)
-            edges.append(edge)
-        if edges:
+        if node.op == "get_attr" and (edges := edges_behind(program, node)):
             found[str(node.target)] = edges
     return found
+
+
+def edges_behind(program: Program, node: Node) -> list[Edge]:
+    """The edges of a parameter's node, from the parameter outwards."""
+    edges: list[Edge] = []
+    following: list[Node] = [node]
+    while following := [u for u in following[0].users if _is_edge(program, u)]:
+        edge = program.module.get_submodule(str(following[0].target))
+        assert isinstance(edge, Edge)
+        edges.append(edge)
+    return edges
 
 
 def weight_end(program: Program, node: Node) -> Node | None:
     """The parameter behind a chain of edges, or None where something else stands there."""
     while _is_edge(program, node):
-        source = input_node(node)
-        node = source
+        node = input_node(node)
     return node if node.op == "get_attr" else None
 
 
@@ -224,19 +237,52 @@ def _folded(weight: Tensor, edges: Sequence[Edge]) -> Tensor:
     return value.to(weight.dtype)
 
 
-def fold(program: Program) -> int:
-    """Evaluate every chain of edges in float64 and put the result in the parameter's place.
+def split(edges: Sequence[Edge], trained: Collection[nn.Module]) -> tuple[list[Edge], list[Edge]]:
+    """Edges that can be applied once, and those that wait until the `trained` maps are settled.
+
+    Maps on the two sides of a weight commute, so of the edges behind a trained one only those
+    on its own side have to wait for it.
+    """
+    constant: list[Edge] = []
+    moving: list[Edge] = []
+    for edge in edges:
+        mine = isinstance(edge, WeightEdge) and edge.transform in trained
+        if mine or any(edge.side is m.side for m in moving):
+            moving.append(edge)
+        else:
+            constant.append(edge)
+    return constant, moving
+
+
+def fold(program: Program, trained: Collection[nn.Module] = ()) -> int:
+    """Evaluate chains of edges in float64 and put the results in the parameters' places.
+
+    Args:
+        program: rewritten in place.
+        trained: maps that stay on their edges, and what cannot be merged without them.
 
     Returns:
         How many parameters changed.
     """
-    plan = chains(program)
+    merged: set[Edge] = set()
+    plan = {name: split(edges, trained)[0] for name, edges in chains(program).items()}
     with torch.no_grad(), shared_evaluation(program.module, torch.float64):
         for name, edges in plan.items():
-            set_parameter(program.module, name, _folded(program.parameter(name), edges))
+            if edges:
+                set_parameter(program.module, name, _folded(program.parameter(name), edges))
+                merged.update(edges)
     for node in list(program.graph.nodes):
-        if _is_edge(program, node):
-            source = input_node(node)
-            node.replace_all_uses_with(source)
+        if _is_edge(program, node) and program.module.get_submodule(str(node.target)) in merged:
+            node.replace_all_uses_with(input_node(node))
             program.graph.erase_node(node)
-    return len(plan)
+    return sum(bool(edges) for edges in plan.values())
+
+
+def transformed(program: Program, end: Node) -> Tensor:
+    """What a chain of edges gives at its last node, differentiable; without edges the parameter."""
+    if _is_edge(program, end):
+        edge: Tensor = program.module.get_submodule(str(end.target))(
+            transformed(program, input_node(end))
+        )
+        return edge
+    return program.parameter(str(end.target))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph.blocks import BlockRunner
+from fptq_compiler.graph.edges import transformed
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
@@ -53,11 +54,13 @@ def calibrate_weights(program: Program, p: float, progress: Progress) -> dict[st
     found: dict[str, float] = {}
     progress.start("weight ranges", len(program.weight_quantizers))
 
+    nodes = {n.target: n for n in program.graph.nodes if n.op == "call_module"}
+
     @torch.no_grad()
     def search(record: WeightQuantizer) -> float:
         module = program.module.get_submodule(record.module)
         assert isinstance(module, WeightFakeQuantizer)
-        weight = program.parameter(record.parameter).float()
+        weight = transformed(program, input_node(nodes[record.module])).float()
         module.set_scale(weight_scale(weight, module.grid, module.granularity, p))
         return module.sqnr(weight)
 

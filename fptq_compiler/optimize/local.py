@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fptq_compiler.errors import OptimizationError
-from fptq_compiler.graph.edges import Edge, WeightEdge, chains
+from fptq_compiler.graph.edges import Edge, WeightEdge, chains, split
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.pool import one_thread_each
 from fptq_compiler.progress import Progress
@@ -191,7 +191,7 @@ def _train_site(
     terms: list[tuple[Tensor, list[Edge]]] = []
     for parameter, edges in plan.items():
         weight = program.parameter(parameter)
-        constant, moving = _split(edges, trained)
+        constant, moving = split(edges, trained)
         if not moving or weight.dim() != 2:
             continue
         with torch.no_grad():
@@ -218,23 +218,6 @@ def _entering(program: Program, name: str) -> Callable[[Tensor], Tensor]:
     if online is None:
         return transform.right
     return lambda x: online.right(transform.right(x))
-
-
-def _split(edges: Sequence[Edge], trained: set[nn.Module]) -> tuple[list[Edge], list[Edge]]:
-    """Edges that can be applied once, and those that must be applied at every step.
-
-    Maps on the two sides of a weight commute, so of the edges behind a trained one only those
-    on its own side have to wait for it.
-    """
-    constant: list[Edge] = []
-    moving: list[Edge] = []
-    for edge in edges:
-        mine = isinstance(edge, WeightEdge) and edge.transform in trained
-        if mine or any(edge.side is m.side for m in moving):
-            moving.append(edge)
-        else:
-            constant.append(edge)
-    return constant, moving
 
 
 def _sampled(weight: Tensor, edges: Sequence[Edge], generator: torch.Generator) -> Tensor:
