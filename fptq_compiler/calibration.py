@@ -11,10 +11,49 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import held_for_many_runs
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
-from fptq_compiler.text import load_calibration, load_tokenizer, self_generated
+from fptq_compiler.text import (
+    load_calibration,
+    load_stream,
+    load_tokenizer,
+    self_generated,
+    windows,
+)
 from fptq_compiler.work import WorkFolder
 
+FEWEST = 8  # training sequences that a short text is cut into
 CONTEXT = 16  # tokens that the model looks back while it writes its own text
+
+
+def training_rows(
+    path: Path | None, tokenizer: Path | None, recipe: Recipe, vocabulary: int, ids: Tensor
+) -> Tensor:
+    """Ids (N, S) for the end-to-end stage: of the calibration file, or what the model wrote.
+
+    A short text is cut into shorter sequences, so that some can be held out.
+
+    Args:
+        path: the calibration file.
+        tokenizer: for text.
+        recipe: its `[training]`.
+        vocabulary: ids are below it.
+        ids: calibration tokens (samples, length), used where there is no file.
+
+    Raises:
+        CaptureError: the file or the tokenizer cannot be read, or does not fit the model.
+    """
+    chosen = recipe.training
+    if path is not None:
+        needs_text = path.suffix != ".npy" and tokenizer is not None
+        stream = load_stream(
+            path,
+            tokenizer=load_tokenizer(tokenizer) if needs_text and tokenizer else None,
+            tokens=(chosen.steps * chosen.batch + chosen.held_out) * chosen.length,
+            vocabulary=vocabulary,
+        )
+    else:
+        stream = ids.flatten()
+    length = min(chosen.length, max(2, stream.numel() // FEWEST))
+    return windows(stream, length, stream.numel())
 
 
 def calibration_ids(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fptq_compiler.calibration import calibration_ids
+from fptq_compiler.calibration import calibration_ids, training_rows
 from fptq_compiler.capture import capture, load_example_inputs
 from fptq_compiler.capture.source import Captured
 from fptq_compiler.drawing.make import Draft, make_scene
@@ -48,6 +48,7 @@ from fptq_compiler.stages import (
     vocabulary_of,
 )
 from fptq_compiler.summary import site_rows
+from fptq_compiler.training_stage import TrainingStage
 from fptq_compiler.unrecognised import unrecognised
 from fptq_compiler.work import WorkFolder
 
@@ -171,8 +172,18 @@ def _compile(
     ids = tokens() if needs_calibration(recipe) else None
     gc.collect()  # exported programs and graphs hold cycles, and cycles hold weights
     program.move(options.device)
-    transform(program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir)
-    quantize(program, recipe, ids, report, progress, dump_dir=options.dump_dir)
+    untrained = transform(
+        program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir
+    )
+    training = None
+    if ids is not None and recipe.trains:
+        rows = training_rows(options.calibration, tokenizer, recipe, vocabulary, ids)
+        training = TrainingStage(
+            untrained.original, untrained.transformed, untrained.maps, rows, work
+        )
+    quantize(
+        program, recipe, ids, report, progress, training=training, dump_dir=options.dump_dir
+    )
     program.move("cpu")
     language = source.language
     if recipe.cache.enabled:

@@ -36,6 +36,7 @@ from fptq_compiler.recipe_parts import (
     read_bits,
     read_transforms,
 )
+from fptq_compiler.recipe_training import TrainingRecipe
 
 __all__ = [
     "BUILT_IN",
@@ -51,6 +52,7 @@ __all__ = [
     "CalibrationRecipe",
     "LocalRecipe",
     "Recipe",
+    "TrainingRecipe",
     "TransformsRecipe",
     "WeightsRecipe",
     "load_recipe",
@@ -59,7 +61,7 @@ __all__ = [
 TARGETS: Final = ("qdq", "ort-cpu", "ort-cuda", "tensorrt")
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 VERIFY_LEVELS: Final = ("off", "probe", "full")
-DEFAULT_RECIPE: Final = "fptquant-local"
+DEFAULT_RECIPE: Final = "fptquant"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Recipe:
     weights: WeightsRecipe = field(default_factory=WeightsRecipe)
     activations: ActivationsRecipe = field(default_factory=ActivationsRecipe)
     local: LocalRecipe = field(default_factory=LocalRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     cache: CacheRecipe = field(default_factory=CacheRecipe)
     target: str = "qdq"
@@ -105,6 +108,12 @@ class Recipe:
         """Whether linears read codes of weights, but no codes of activations."""
         coded = 4 in (self.bits.weights, self.head_bits) or self.weights.block > 0
         return coded and self.bits.weights != 16 and self.bits.activations == 16
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an end-to-end stage: steps, and something that is quantised."""
+        quantised = {self.bits.weights, self.bits.activations, self.bits.cache} != {16}
+        return quantised and self.training.steps > 0
 
     @property
     def embedding_bits(self) -> int:
@@ -147,6 +156,7 @@ class Recipe:
         head_bits: int | None = None,
         matmulnbits_accuracy_level: int | None = None,
         kv_scales: str | None = None,
+        steps: int | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -165,6 +175,7 @@ class Recipe:
             head_bits: of the head.
             matmulnbits_accuracy_level: 1 or 4, where activations stay in float.
             kv_scales: which values of a quantised cache share a scale.
+            steps: of end-to-end training; 0 leaves it out.
 
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
@@ -182,6 +193,7 @@ class Recipe:
             cache=replace(
                 self.cache, **_given(enabled=kv_cache, max_length=max_length, scales=kv_scales)
             ),
+            training=replace(self.training, **_given(steps=steps)),
             calibration=replace(
                 self.calibration, **_given(samples=samples, length=sequence_length)
             ),
@@ -240,9 +252,16 @@ def _given(**flags: Any) -> dict[str, Any]:
 
 
 BUILT_IN: Final[Mapping[str, Recipe]] = {
-    "fptquant-local": Recipe(),
+    "fptquant": Recipe(),
+    "fptquant-local": Recipe(name="fptquant-local", training=TrainingRecipe(steps=0)),
     "rtn": Recipe(
         name="rtn",
+        transforms=TransformsRecipe(names=(), where_possible=False),
+        local=LocalRecipe(steps=0),
+        training=TrainingRecipe(steps=0),
+    ),
+    "rtn-trained": Recipe(
+        name="rtn-trained",
         transforms=TransformsRecipe(names=(), where_possible=False),
         local=LocalRecipe(steps=0),
     ),
@@ -253,6 +272,7 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
             residual_learned=False, hadamard_block=0,
         ),
         local=LocalRecipe(steps=0),
+        training=TrainingRecipe(steps=0),
     ),
 }
 """The recipes that `--recipe NAME` knows."""

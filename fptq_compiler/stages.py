@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,10 +44,30 @@ from fptq_compiler.recipe import Recipe
 from fptq_compiler.recipe_parts import LONGEST_CACHE
 from fptq_compiler.report import Report
 from fptq_compiler.summary import applied_transforms
+from fptq_compiler.training_stage import TrainingStage, trained_maps
+from fptq_compiler.transforms import Map
 from fptq_compiler.unrecognised import refuse_unrecognised, unrecognised
 from fptq_compiler.work import WorkFolder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What `transform` leaves to the end-to-end stage.
+
+    Attributes:
+        original: the model as captured, its sites found.
+        transformed: with the transforms; its maps are the program's own.
+        maps: those that are still on their edges.
+        verifier: holds the original's logits; None where nothing is verified.
+    """
+
+    original: Program
+    transformed: Program
+    maps: tuple[Map, ...]
+    verifier: Verifier | None
+
 
 
 def take_in(
@@ -112,8 +133,10 @@ def transform(
     *,
     work: WorkFolder | None = None,
     dump_dir: Path | None = None,
-) -> None:
+) -> Untrained:
     """From capture to folded weights: sites, transforms, local optimisation, fold.
+
+    Maps that are to be trained end to end stay on their edges.
 
     Args:
         program: as `unlift` gives it; rewritten in place, its function preserved.
@@ -123,6 +146,9 @@ def transform(
         progress: listens.
         work: keeps trained transforms, for a run that goes on.
         dump_dir: an existing folder for the graph after each pass.
+
+    Returns:
+        What the end-to-end stage needs.
     """
     verifier: Verifier | None = None
     with report.stage("find sites"):
@@ -138,6 +164,7 @@ def transform(
             logger.warning("not recognised: %s", ", ".join(places))
         demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
         refuse_unrecognised(demanded, report.unrecognised)
+    original = program.copy()
     with report.stage("insert transforms"):
         steps = insertion(
             recipe.transforms.candidates,
@@ -150,12 +177,14 @@ def transform(
     with report.stage("local optimisation"):
         report.curves.update(_optimize(program, recipe, ids, work, progress))
     with report.stage("fold"):
-        folding: list[Pass] = [FoldTransforms(), FreezeOnline()]
-        if target_of(recipe.target).epsilon_channel:
+        maps = trained_maps(program, recipe)
+        folding: list[Pass] = [FoldTransforms(maps), FreezeOnline()]
+        if target_of(recipe.target).epsilon_channel and program.maps.get("residual") not in maps:
             folding.append(CarryEpsilon())
         _run(program, tuple(folding), verifier, dump_dir)
     if verifier is not None:
         report.preserved.update(verifier.errors)
+    return Untrained(original, program.copy(), maps, verifier)
 
 
 def quantize(
@@ -165,9 +194,10 @@ def quantize(
     report: Report,
     progress: Progress,
     *,
+    training: TrainingStage | None = None,
     dump_dir: Path | None = None,
 ) -> None:
-    """From folded weights to the frozen integer program: quantisers, ranges, codes.
+    """From folded weights to the frozen integer program: quantisers, ranges, training, codes.
 
     Args:
         program: as `transform` leaves it; frozen in place.
@@ -175,6 +205,7 @@ def quantize(
         ids: calibration tokens (samples, length); None where no activation is quantised.
         report: gets the stage, signal-to-noise ratios and decisions.
         progress: listens.
+        training: the end-to-end stage; None leaves it out.
         dump_dir: an existing folder for the graph after each pass.
     """
     with report.stage("quantise"):
@@ -195,7 +226,12 @@ def quantize(
             steps.append(ProtectFirstPosition(found.first_position))
             report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
         program.facts.add("calibrated")
-        steps.append(FreezeQuantizers())
+        _run(program, tuple(steps), None, dump_dir)
+    if training is not None:
+        with report.stage("end-to-end training"):
+            training.run(program, recipe, report, progress)
+    with report.stage("freeze"):
+        steps = [FoldTransforms(), FreezeQuantizers()]
         float_type = float_type_of(recipe)
         if float_type != "float32":
             steps.append(RoundScales(getattr(torch, float_type)))

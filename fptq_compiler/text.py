@@ -138,21 +138,7 @@ def load_calibration(
     Raises:
         CaptureError: naming the file, the row or position, and what was expected.
     """
-    if not path.is_file():
-        message = f"{path}: no such file. Name a .npy, .jsonl or text file."
-        raise CaptureError(message)
-    with path.open("rb") as file:
-        head = file.read(len(_NUMPY_MAGIC))
-    if not head:
-        message = f"{path.name}: the file is empty, expected token ids or text."
-        raise CaptureError(message)
-    if head == _NUMPY_MAGIC or path.suffix == ".npy":
-        ids = load_array(path)
-    elif path.suffix == ".jsonl":
-        ids = load_rows(path, tokenizer, needed=samples * length)
-    else:
-        ids = token_stream(path, require_tokenizer(tokenizer, path.name), samples * length)
-    _check_range(ids, vocabulary, path.name)
+    ids = _load_ids(path, tokenizer, samples * length, vocabulary)
     try:
         if ids.ndim == 1:
             return TokenSet(windows(ids, length, samples).contiguous(), path.name)
@@ -163,6 +149,17 @@ def load_calibration(
         message = f"{path.name}: {error}"
         raise CaptureError(message) from None
     return TokenSet(ids[:samples, :length].contiguous(), path.name)
+
+
+def load_stream(
+    path: Path, *, tokenizer: Tokenizer | None, tokens: int, vocabulary: int
+) -> torch.Tensor:
+    """Read training tokens from the same files as calibration: int64 [at most `tokens`].
+
+    Raises:
+        CaptureError: naming the file, the row or position, and what was expected.
+    """
+    return _load_ids(path, tokenizer, tokens, vocabulary).flatten()[:tokens]
 
 
 def self_generated(
@@ -204,6 +201,28 @@ def self_generated(
         context=context,
     )
     return TokenSet(ids, "self-generated")
+
+
+def _load_ids(
+    path: Path, tokenizer: Tokenizer | None, needed: int, vocabulary: int
+) -> torch.Tensor:
+    """Ids [tokens] or [rows, tokens], of text no more than about `needed`."""
+    if not path.is_file():
+        message = f"{path}: no such file. Name a .npy, .jsonl or text file."
+        raise CaptureError(message)
+    with path.open("rb") as file:
+        head = file.read(len(_NUMPY_MAGIC))
+    if not head:
+        message = f"{path.name}: the file is empty, expected token ids or text."
+        raise CaptureError(message)
+    if head == _NUMPY_MAGIC or path.suffix == ".npy":
+        ids = load_array(path)
+    elif path.suffix == ".jsonl":
+        ids = load_rows(path, tokenizer, needed=needed)
+    else:
+        ids = token_stream(path, require_tokenizer(tokenizer, path.name), needed)
+    _check_range(ids, vocabulary, path.name)
+    return ids
 
 
 def _read_text(path: Path) -> str:

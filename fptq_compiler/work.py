@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,10 +115,43 @@ class WorkFolder:
         with _whole(path) as partial:
             save_file(state, partial, {"curves": json.dumps(curves)})
 
+    def training(self) -> TrainingFile:
+        """Where the state of the end-to-end training is kept."""
+        return TrainingFile(self._path("training", "pt"))
+
     def _path(self, name: str, suffix: str) -> Path | None:
         if self._folder is None:
             return None
         return self._folder / f"{name}-{self._fingerprint}.{suffix}"
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """Keeps the state of a training; without a path nothing is kept."""
+
+    path: Path | None
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state that was kept, or None."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            logger.warning("%s cannot be read (%s); training again", self.path.name, error)
+            return None
+        logger.info("training goes on from %s, step %d", self.path.name, state["step"])
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep a state, whole or not at all.
+
+        Raises:
+            LoweringError: it cannot be written.
+        """
+        if self.path is not None:
+            with _whole(self.path) as partial:
+                torch.save(state, partial)
 
 
 @contextmanager

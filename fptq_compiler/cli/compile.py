@@ -95,6 +95,10 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     help="Static scales of a quantised cache: one for the keys and one for the values of a "
     "layer, or one for each of their heads and channels.",
 )
+@click.option(
+    "--steps", type=int, metavar="N",
+    help="Steps of end-to-end training; 0 leaves it out.",
+)
 @click.option("--samples", type=int, metavar="N", help="Calibration sequences.")
 @click.option("--sequence-length", type=int, metavar="T", help="Tokens of each.")
 @click.option("--target", metavar="NAME", help=f"Form of the file: {', '.join(TARGETS)}.")
@@ -160,6 +164,7 @@ def command(
     kv_cache: bool | None,
     max_length: int | None,
     kv_scales: str | None,
+    steps: int | None,
     samples: int | None,
     sequence_length: int | None,
     target: str | None,
@@ -199,6 +204,7 @@ def command(
         head_bits=head_bits,
         matmulnbits_accuracy_level=matmulnbits_accuracy_level,
         kv_scales=kv_scales,
+        steps=steps,
     )
     check_output(model, output)
     check_device(device)

@@ -279,7 +279,7 @@ def fold(program: Program, trained: Collection[nn.Module] = ()) -> int:
 
 
 def transformed(program: Program, end: Node) -> Tensor:
-    """What a chain of edges gives at its last node, differentiable; without edges the parameter."""
+    """A parameter behind the chain of edges that ends at a node, differentiable."""
     if _is_edge(program, end):
         edge: Tensor = program.module.get_submodule(str(end.target))(
             transformed(program, input_node(end))

@@ -39,6 +39,25 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return _mean_over_tokens(_forward_kl, student_logits, teacher_logits)
 
 
+def top_k_kl(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
+    """The forward KL among the teacher's k likeliest ids (arXiv 2501.13987), in nats.
+
+    Args:
+        student_logits: [..., V], finite, of any float type; gradients flow to them.
+        teacher_logits: [..., V], on the same device.
+        k: ids of each token that count; all of them where V is less.
+
+    Returns:
+        float32 [].
+
+    Raises:
+        ValueError: the shapes differ, or there are no tokens.
+    """
+    _check(student_logits, teacher_logits)
+    likely, ids = teacher_logits.topk(min(k, teacher_logits.shape[-1]), dim=-1)
+    return forward_kl(student_logits.gather(-1, ids), likely)
+
+
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """The Jensen-Shannon divergence, the mean over tokens in nats; between 0 and ln 2.
 
@@ -68,12 +87,7 @@ def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def _mean_over_tokens(
     summed: Callable[[Tensor, Tensor], Tensor], student_logits: Tensor, teacher_logits: Tensor
 ) -> Tensor:
-    if student_logits.shape != teacher_logits.shape or student_logits.numel() == 0:
-        message = (
-            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
-            f"{tuple(teacher_logits.shape)}; expected the same (..., vocabulary) of some tokens"
-        )
-        raise ValueError(message)
+    _check(student_logits, teacher_logits)
     student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits))
     parts = (torch.split(x, TOKENS_AT_ONCE) for x in (student, teacher))
     sums = [
@@ -81,6 +95,15 @@ def _mean_over_tokens(
         for q, p in zip(*parts, strict=True)
     ]
     return torch.stack(sums).sum() / student.shape[0]
+
+
+def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape or student_logits.numel() == 0:
+        message = (
+            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
+            f"{tuple(teacher_logits.shape)}; expected the same (..., vocabulary) of some tokens"
+        )
+        raise ValueError(message)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _linear_inputs(program: Program) -> Iterator[tuple[Node, _Wanted]]:
             if not isinstance(edge, WeightEdge) or edge.port.side is not Side.IN:
                 continue
             name = names[id(edge.transform)]
-            if name != "residual" and any(True for _ in edge.transform.parameters()):
+            if name != "residual" and edge.transform.has_parameters:
                 yield _before_online(source), _Wanted(name, edge.port.repeat)
 
 

@@ -104,7 +104,7 @@ def _groups(program: Program) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, transform in program.maps.items():
         kind, _, site = name.partition(".")
-        if kind != "residual" and any(True for _ in transform.parameters()):
+        if kind != "residual" and transform.has_parameters:
             groups.setdefault(site, []).append(name)
     return groups
 

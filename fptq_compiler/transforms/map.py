@@ -74,6 +74,11 @@ class Map(nn.Module):
         """The product x M⁻ᵀ; arguments and errors as for `right`."""
         return self._on_blocks(self._multiply_inverse_transpose, x, repeat)
 
+    @property
+    def has_parameters(self) -> bool:
+        """Whether there is anything to train."""
+        return next(self.parameters(), None) is not None
+
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """M as a dense (size, size) float64 matrix, for tests and reports."""

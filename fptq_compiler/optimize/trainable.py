@@ -1,0 +1,109 @@
+"""What the end-to-end stage trains: maps, scales and zero-points, in groups with a rate each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fptq_compiler.graph.program import Program
+from fptq_compiler.quant.modules import ActivationFakeQuantizer
+from fptq_compiler.transforms import Map
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters by name that share a learning rate."""
+
+    name: str
+    rate: float
+    parameters: dict[str, nn.Parameter]
+
+
+class _Logarithm(nn.Module):
+    """A positive parameter by its logarithm, so that steps are relative and it stays positive."""
+
+    def forward(self, logarithm: Tensor) -> Tensor:
+        """From the logarithm to the parameter."""
+        return logarithm.exp()
+
+    def right_inverse(self, parameter: Tensor) -> Tensor:
+        """From the parameter to its logarithm."""
+        return parameter.log()
+
+
+@contextmanager
+def trainable(
+    program: Program,
+    maps: Sequence[Map],
+    *,
+    transforms_rate: float,
+    weights_rate: float,
+    activations_rate: float,
+    zero_points_rate: float,
+) -> Iterator[list[Group]]:
+    """The groups of a program with quantisers; inside the context scales are logarithms.
+
+    Embedding and head, whose eight bits cost nothing, keep the scales of the range search.
+
+    Args:
+        program: its other parameters are frozen.
+        maps: the transforms that still stand on their edges.
+        transforms_rate: learning rate of the maps.
+        weights_rate: of the logarithms of weight scales.
+        activations_rate: of the logarithms of activation scales.
+        zero_points_rate: of zero-points, in codes.
+    """
+    module = program.module
+    module.requires_grad_(False)
+    names = {id(transform): name for name, transform in program.maps.items()}
+    weights = [q.module for q in program.weight_quantizers if q.role == "linear"]
+    activations = [q.module for q in program.activation_quantizers]
+    with _logarithmic([module.get_submodule(path) for path in (*weights, *activations)]):
+        groups = [
+            Group("transforms", transforms_rate, {
+                f"{names[id(transform)]}/{key}": parameter
+                for transform in maps for key, parameter in transform.named_parameters()
+            }),
+            Group("weight scales", weights_rate, _scales(module, weights)),
+            Group("activation scales", activations_rate, _scales(module, activations)),
+            Group("zero-points", zero_points_rate, _zero_points(module, activations)),
+        ]
+        groups = [group for group in groups if group.rate > 0 and group.parameters]
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(True)
+        try:
+            yield groups
+        finally:
+            module.requires_grad_(False)
+
+
+@contextmanager
+def _logarithmic(quantizers: Sequence[nn.Module]) -> Iterator[None]:
+    for quantizer in quantizers:
+        parametrize.register_parametrization(quantizer, "scale", _Logarithm())
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            parametrize.remove_parametrizations(quantizer, "scale", leave_parametrized=True)
+
+
+def _scales(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Parameter]:
+    name = "parametrizations.scale.original"
+    return {f"{path}/scale": module.get_parameter(f"{path}.{name}") for path in paths}
+
+
+def _zero_points(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Parameter]:
+    found = {}
+    for path in paths:
+        quantizer = module.get_submodule(path)
+        assert isinstance(quantizer, ActivationFakeQuantizer)
+        if not quantizer.grid.symmetric:
+            found[f"{path}/zero_point"] = quantizer.zero_point
+    return found
+

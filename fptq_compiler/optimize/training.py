@@ -1,0 +1,126 @@
+"""Stage two of FPTQuant: the quantised student learns the original's next-token distributions.
+
+Transforms and quantiser ranges are trained together, with gradients straight through the rounding
+of the merged weights and of the activations (arXiv 2506.04985, section 3; LSQ, arXiv 1902.08153).
+The state that is best on held-out text is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fptq_compiler.errors import OptimizationError
+from fptq_compiler.optimize.batches import Batches
+from fptq_compiler.optimize.objective import Objective
+from fptq_compiler.optimize.ranks import average_gradients, mean_over_ranks, rows_of_rank
+from fptq_compiler.optimize.schedule import rate_factor
+from fptq_compiler.optimize.student import Student
+from fptq_compiler.optimize.trainable import Group
+from fptq_compiler.optimize.training_state import TrainingState
+from fptq_compiler.progress import Progress
+from fptq_compiler.transforms.dense import shared_evaluation
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast; the fields are those of the recipe's `[training]`."""
+
+    steps: int
+    warmup: float
+    clip: float
+    evaluate_every: int
+    patience: int
+
+
+class Keeper(Protocol):
+    """Where a state is kept, so that a stopped training goes on."""
+
+    def load(self) -> dict[str, object] | None:
+        """The last state that was kept, or None."""
+
+    def save(self, state: dict[str, object]) -> None:
+        """Keep a state, whole or not at all."""
+
+
+def train(
+    student: Student,
+    teacher: Student,
+    groups: Sequence[Group],
+    batches: Batches,
+    plan: Plan,
+    *,
+    objective: Objective,
+    keeper: Keeper,
+    progress: Progress,
+) -> TrainingState:
+    """Train the groups; they end with the values that were best on held-out text.
+
+    Args:
+        student: the quantised program.
+        teacher: the original, or the student without its quantisers.
+        groups: what is trained.
+        batches: token ids.
+        plan: steps and schedule.
+        objective: what is minimised.
+        keeper: keeps the state every few steps.
+        progress: one step each, with the loss.
+
+    Raises:
+        OptimizationError: a loss or gradient is not finite; the message names the place.
+    """
+    parameters = [p for group in groups for p in group.parameters.values()]
+    optimizer = torch.optim.Adam(
+        [{"params": [*group.parameters.values()], "lr": group.rate} for group in groups],
+        betas=BETAS,
+    )
+    state = TrainingState.start(groups, optimizer, keeper)
+    progress.advance(state.step)
+    while state.step < plan.steps and not state.is_stale(plan.patience):
+        if state.step % plan.evaluate_every == 0:
+            state.judge(held_out_loss(student, teacher, batches, objective))
+        for settings, group in zip(optimizer.param_groups, groups, strict=True):
+            settings["lr"] = group.rate * rate_factor(state.step, plan.steps, plan.warmup)
+        ids = rows_of_rank(batches.at(state.step))
+        optimizer.zero_grad()
+        with shared_evaluation(student.program.module):
+            loss = objective(student, teacher, ids)
+            _refuse_infinite(student, loss, ids, state.step)
+            loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, plan.clip, error_if_nonfinite=True)
+        optimizer.step()
+        state.advance(mean_over_ranks(loss.detach()))
+        progress.advance(1, state.words())
+    state.judge(held_out_loss(student, teacher, batches, objective))
+    state.restore_best()
+    return state
+
+
+@torch.no_grad()
+def held_out_loss(
+    student: Student, teacher: Student, batches: Batches, objective: Objective
+) -> float:
+    """The objective on the held-out sequences, one at a time."""
+    with shared_evaluation(student.program.module):
+        losses = [objective(student, teacher, row.unsqueeze(0)) for row in batches.held_out]
+    return float(torch.stack(losses).double().mean())
+
+
+def _refuse_infinite(student: Student, loss: Tensor, ids: Tensor, step: int) -> None:
+    """Raise OptimizationError where the loss is not finite, and say where that began."""
+    if bool(torch.isfinite(loss)):
+        return
+    place = student.first_infinite(ids) or "the loss itself"
+    message = (
+        f"training step {step + 1}: the loss is {float(loss.detach())}, expected a finite number; "
+        f"the first value that is not finite is at {place}. Lower the rates in [training], or "
+        "give text that the model knows"
+    )
+    raise OptimizationError(message)

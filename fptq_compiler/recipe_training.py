@@ -1,0 +1,78 @@
+"""The recipe of the end-to-end stage: what is trained, towards what, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fptq_compiler.closed_config import check_at_least, check_one_of
+from fptq_compiler.errors import RecipeError
+
+OBJECTIVES: Final = ("jensen-shannon", "forward-kl", "top-k-kl", "hidden-mse")
+COMPUTE_TYPES: Final = ("auto", "float32", "bfloat16")
+WEIGHT_CORRECTIONS: Final = ("none", "lora", "full")
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Stage two: the quantised program learns the original's next-token distributions.
+
+    Attributes:
+        steps: optimiser steps; 0 leaves the stage out.
+        batch: sequences a step, over all processes.
+        length: tokens of a sequence.
+        objective: what is minimised, the mean over tokens.
+        top_k: of "top-k-kl", the teacher's likeliest tokens that count.
+        transforms_rate, weights_rate, activations_rate, zero_points_rate: learning rates of the
+            maps, of the logarithms of weight and activation scales, and of zero-points in codes.
+        warmup: share of the steps in which the rates rise; then they fall as a cosine.
+        clip: the largest norm of all gradients together.
+        weights: "lora" or "full" also trains a correction of every linear's weight.
+        rank: of "lora".
+        correction_rate: learning rate of the correction.
+        held_out: sequences that are not trained on, but choose the best state.
+        evaluate_every: steps from one look at them to the next.
+        patience: looks without a better state before the stage ends early; 0 is never.
+        compute: what linear layers multiply in; "auto" is bfloat16 where it is faster.
+        residual: train T_r too, which multiplies every weight by it at every step.
+        checkpointing: keep one activation a block, and compute the others twice.
+    """
+
+    steps: int = 200
+    batch: int = 2
+    length: int = 256
+    objective: str = "jensen-shannon"
+    top_k: int = 256
+    transforms_rate: float = 3e-3
+    weights_rate: float = 3e-3
+    activations_rate: float = 3e-3
+    zero_points_rate: float = 2e-2
+    warmup: float = 0.1
+    clip: float = 1.0
+    weights: str = "none"
+    rank: int = 16
+    correction_rate: float = 1e-4
+    held_out: int = 8
+    evaluate_every: int = 20
+    patience: int = 0
+    compute: str = "auto"
+    residual: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("training.objective", self.objective, OBJECTIVES)
+        check_one_of("training.compute", self.compute, COMPUTE_TYPES)
+        check_one_of("training.weights", self.weights, WEIGHT_CORRECTIONS)
+        for name in ("steps", "patience"):
+            check_at_least(f"training.{name}", getattr(self, name), 0)
+        for name in ("batch", "top_k", "rank", "held_out", "evaluate_every"):
+            check_at_least(f"training.{name}", getattr(self, name), 1)
+        check_at_least("training.length", self.length, 2)
+        rates = ("transforms", "weights", "activations", "zero_points", "correction")
+        for name in (*(f"{rate}_rate" for rate in rates), "clip"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                message = f"training.{name} is {getattr(self, name)!r}, expected 0 or more"
+                raise RecipeError(message)
+        if not 0.0 <= self.warmup < 1.0:
+            message = f"training.warmup is {self.warmup!r}, expected a share from 0 to below 1"
+            raise RecipeError(message)
