@@ -77,6 +77,11 @@ class Model:
         """V; None where the file does not say."""
         return self._signature.vocabulary
 
+    @property
+    def batch(self) -> int | None:
+        """B where the file fixes it; None where any number of sequences runs at once."""
+        return self._signature.batch
+
     def start(self, batch: int) -> Cache:
         """Gives the cache of no tokens for `batch` sequences."""
         if self.cache_type is None:

@@ -34,6 +34,7 @@ class Signature:
         ids: name of the input of token ids (B, S) int64.
         takes_mask: whether there is an input attention_mask (B, P+S) int64.
         vocabulary: V of the logits (B, S, V); None where the file does not say.
+        batch: B where the file fixes it; None where it is free.
         layers: pairs of keys and values in the cache; 0 without one.
         cache_type: float32, float16, int8 or int4; None without a cache.
         kv_heads: H_kv of the cache (B, H_kv, P, D).
@@ -43,6 +44,7 @@ class Signature:
     ids: str
     takes_mask: bool
     vocabulary: int | None
+    batch: int | None = None
     layers: int = 0
     cache_type: str | None = None
     kv_heads: int = 0
@@ -76,13 +78,14 @@ def read_signature(model: onnx.ModelProto) -> Signature:
     layers = sum(name.startswith("past_key_values.") and name.endswith(".key") for name in inputs)
     # A model without a cache has kept the name that its author gave to the only input.
     ids = next(iter(inputs)) if len(inputs) == 1 else IDS
-    plain = Signature(ids, MASK in inputs, _vocabulary(outputs), layers)
+    plain = Signature(ids, MASK in inputs, _vocabulary(outputs), layers=layers)
     _check_names(plain, inputs, outputs)
     for name in (ids, MASK):
         if name in inputs and _type(inputs[name]) != TensorProto.INT64:
             kind = TensorProto.DataType.Name(_type(inputs[name]))
             message = f"the input {name} is {kind}, expected INT64"
             raise RuntimeLoadError(message)
+    plain = replace(plain, batch=next(iter(_dims(inputs[ids])), None))
     return _with_cache(plain, inputs, outputs) if layers else plain
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
 
 from fptq_compiler.cli import generate as generate_cli
 from fptq_compiler.cli.entry import run
@@ -21,6 +20,7 @@ from fptq_compiler.runtime.session import load
 from fptq_compiler.runtime.session_file import SessionFile, write_session_file
 from fptq_compiler.runtime.text_stream import TextStream
 from tests.cached_model import CACHE_TYPES, HEADS, VOCABULARY, write_cached_model
+from tests.words import word_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5]
 WORDS = "w3 w1 w4 w1 w5"
@@ -111,12 +111,6 @@ def test_what_cannot_be_generated_is_said_at_once(
     model = open_model(tmp_path, "int8")
     with pytest.raises(RuntimeInputError, match=message):
         generate(model, ids, **{"max_new_tokens": 1, **settings})
-
-
-def word_tokenizer(**settings: Any) -> Any:
-    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, **settings)
 
 
 @pytest.fixture

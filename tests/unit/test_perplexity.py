@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from fptq_compiler.closeness import Comparison
 from fptq_compiler.errors import (
     CaptureError,
     RecipeError,
@@ -28,13 +29,15 @@ def random_table(generator: torch.Generator) -> Tensor:
     return torch.randn(11, 11, generator=generator)
 
 
-def write_bigram(path: Path, table: Tensor, inputs: tuple[str, ...] = ("tokens",)) -> Path:
+def write_bigram(
+    path: Path, table: Tensor, inputs: tuple[str, ...] = ("tokens",), batch: int | str = "B"
+) -> Path:
     nodes = [helper.make_node("Gather", ["table", inputs[0]], ["logits"], axis=0)]
     graph = helper.make_graph(
         nodes,
         "bigram",
-        [helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "T"]) for name in inputs],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "T", "V"])],
+        [helper.make_tensor_value_info(name, TensorProto.INT64, [batch, "T"]) for name in inputs],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, "T", "V"])],
         [numpy_helper.from_array(table.numpy(), "table")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -120,6 +123,42 @@ def test_an_onnx_file_gives_the_same_logits(tmp_path: Path, generator: torch.Gen
     logits = ort_logits(write_bigram(tmp_path / "m.onnx", table), threads=1)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     assert torch.equal(logits(ids), table[ids])  # Gather copies
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_file_of_a_fixed_batch_runs_that_many_at_once(
+    tmp_path: Path, generator: torch.Generator, rows: int
+) -> None:
+    table = random_table(generator)
+    logits = ort_logits(write_bigram(tmp_path / "m.onnx", table, batch=2), threads=1)
+    ids = torch.randint(11, (rows, 4), generator=generator)
+    assert torch.equal(logits(ids), table[ids])
+
+
+def test_a_comparison_reads_the_same_predictions(generator: torch.Generator) -> None:
+    table, original = random_table(generator), random_table(generator)
+    stream = torch.randint(11, (27,), generator=generator)
+    comparison = Comparison(bigram(original))
+    plain = perplexity(bigram(table), stream, window=8)
+    compared = perplexity(bigram(table), stream, window=8, compare=comparison)
+    assert compared.nll == plain.nll
+    read = torch.cat([stream[first : first + 7] for first in (0, 8, 16)])
+    q, p = (t[read].double().log_softmax(-1) for t in (table, original))
+    middle = ((p.exp() + q.exp()) / 2).log()
+    kl = (p.exp() * (p - q)).sum(-1)
+    js = (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1) / 2
+    found = comparison.result()
+    assert found.kl == pytest.approx(float(kl.mean()), rel=1e-5)  # float32 against float64
+    assert found.jensen_shannon == pytest.approx(float(js.mean()), rel=1e-5)
+    agreeing = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert found.top1_agreement == pytest.approx(float(agreeing))
+
+
+def test_an_original_with_another_vocabulary_is_refused(generator: torch.Generator) -> None:
+    comparison = Comparison(lambda ids: torch.zeros(*ids.shape, 12))
+    stream = torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(VerificationError, match="vocabulary of 12, the model one of 11"):
+        perplexity(bigram(random_table(generator)), stream, window=8, compare=comparison)
 
 
 def test_what_is_no_onnx_model_is_refused(tmp_path: Path, generator: torch.Generator) -> None:

@@ -1,0 +1,1 @@
+"""Multiple-choice tasks by likelihood, as lm-evaluation-harness scores them."""
