@@ -20,6 +20,7 @@ from fptq_compiler.text import (
 )
 from fptq_compiler.work import WorkFolder
 
+OWN_ROWS = 32  # sequences that the model writes where it is also trained on them
 FEWEST = 8  # training sequences that a short text is cut into
 CONTEXT = 16  # tokens that the model looks back while it writes its own text
 
@@ -36,7 +37,7 @@ def training_rows(
         tokenizer: for text.
         recipe: its `[training]`.
         vocabulary: ids are below it.
-        ids: calibration tokens (samples, length), used where there is no file.
+        ids: what the model wrote (N, length), used where there is no file.
 
     Raises:
         CaptureError: the file or the tokenizer cannot be read, or does not fit the model.
@@ -66,12 +67,13 @@ def calibration_ids(
     work: WorkFolder,
     progress: Progress,
 ) -> tuple[Tensor, str]:
-    """Ids (samples, length) and where they are from, in words.
+    """Ids (samples, length), or more to train on, and where they are from, in words.
 
     Raises:
         CaptureError: the file or the tokenizer cannot be read, or does not fit the model.
     """
     samples, length = recipe.calibration.samples, recipe.calibration.length
+    written = max(samples, OWN_ROWS) if recipe.trains else samples
     if path is not None:
         needs_text = path.suffix != ".npy" and tokenizer is not None
         found = load_calibration(
@@ -94,7 +96,7 @@ def calibration_ids(
         found = self_generated(
             program.run,
             vocabulary=vocabulary,
-            samples=samples,
+            samples=written,
             length=length,
             seed=recipe.seed,
             start=start,

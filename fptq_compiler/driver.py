@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from fptq_compiler.calibration import calibration_ids, training_rows
 from fptq_compiler.capture import capture, load_example_inputs
 from fptq_compiler.capture.source import Captured
+from fptq_compiler.choice import choose_transforms
 from fptq_compiler.drawing.make import Draft, make_scene
 from fptq_compiler.drawing.page import check_form, write_drawing
 from fptq_compiler.explain import (
@@ -169,15 +170,21 @@ def _compile(
         report.decisions.append(f"calibrated on {ids.shape[0]} x {ids.shape[1]} tokens, {origin}")
         return ids
 
-    ids = tokens() if needs_calibration(recipe) else None
+    found = tokens() if needs_calibration(recipe) else None
+    ids = None if found is None else found[: recipe.calibration.samples]
     gc.collect()  # exported programs and graphs hold cycles, and cycles hold weights
     program.move(options.device)
+    rows = None
+    if found is not None and recipe.trains:
+        rows = training_rows(options.calibration, tokenizer, recipe, vocabulary, found)
+    if rows is not None and ids is not None and recipe.transforms.choose:
+        recipe = choose_transforms(program, recipe, ids, rows, report, progress)
+        report.recipe = recipe.to_toml()
     untrained = transform(
         program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir
     )
     training = None
-    if ids is not None and recipe.trains:
-        rows = training_rows(options.calibration, tokenizer, recipe, vocabulary, ids)
+    if rows is not None:
         training = TrainingStage(
             untrained.original, untrained.transformed, untrained.maps, rows, work
         )

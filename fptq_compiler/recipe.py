@@ -157,6 +157,7 @@ class Recipe:
         matmulnbits_accuracy_level: int | None = None,
         kv_scales: str | None = None,
         steps: int | None = None,
+        choose: bool | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -176,6 +177,7 @@ class Recipe:
             matmulnbits_accuracy_level: 1 or 4, where activations stay in float.
             kv_scales: which values of a quantised cache share a scale.
             steps: of end-to-end training; 0 leaves it out.
+            choose: whether transforms are tried, and kept where held-out text says so.
 
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
@@ -185,7 +187,10 @@ class Recipe:
             self,
             **_given(target=target, dtype=dtype, verify=verify, seed=seed),
             bits=self.bits if bits is None else Bits.parse(bits),
-            transforms=self.transforms if transforms is None else self._transforms(transforms),
+            transforms=replace(
+                self.transforms if transforms is None else self._transforms(transforms),
+                **_given(choose=choose),
+            ),
             weights=replace(
                 self.weights, **tables,
                 **_given(matmulnbits_accuracy_level=matmulnbits_accuracy_level),

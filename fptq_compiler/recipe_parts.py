@@ -119,6 +119,9 @@ class TransformsRecipe:
             matrix of that order; 0 mixes all, which costs two matmuls and a transpose. A width
             that it does not divide is mixed whole. None is "auto": 0 for 4-bit activations,
             which need it, else 32.
+        choose: keep only what lowers the loss on held-out text, tried one by one; it takes a
+            compilation a transform.
+        trial_steps: of end-to-end training, in each trial.
     """
 
     names: tuple[str, ...] | None = field(
@@ -130,8 +133,11 @@ class TransformsRecipe:
     hadamard_block: int | None = field(
         default=None, metadata=spelled(read_block, _write_block)
     )
+    choose: bool = False
+    trial_steps: int = 20
 
     def __post_init__(self) -> None:
+        check_at_least("transforms.trial_steps", self.trial_steps, 1)
         if self.hadamard_block is not None:
             check_one_of("transforms.hadamard_block", self.hadamard_block, HADAMARD_BLOCKS)
         for name in self.names or ():

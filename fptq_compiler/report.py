@@ -128,6 +128,7 @@ class Report:
         size_after: bytes of the written file, external data included.
         parity: figures of the check against ONNX Runtime.
         decisions: what was chosen where a choice was open, one sentence each.
+        tokens_per_second: of the end-to-end training, by its median step.
         perplexity: by the name of what was evaluated; None unless asked for.
     """
 
@@ -147,6 +148,7 @@ class Report:
     size_after: int = 0
     parity: dict[str, float | int | str] = field(default_factory=dict)
     decisions: list[str] = field(default_factory=list)
+    tokens_per_second: float | None = None
     perplexity: dict[str, float] | None = None
 
     def stage(self, name: str) -> StageClock:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -337,7 +338,7 @@ def _run(
     before = None
     if verifier is not None and not all(step.rounds for step in steps):
         before = program.copy()
-    following = dict(zip(steps, (*steps[1:], None), strict=True))
+    following = dict(pairwise((*steps, None)))
     unproved: list[Pass] = []
 
     def observe(step: Pass, result: PassResult) -> None:

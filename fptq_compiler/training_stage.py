@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -96,6 +97,10 @@ class TrainingStage:
                 objective=goal, keeper=self.work.training(), progress=progress,
             )
             progress.done()
+        if state.seconds:
+            report.tokens_per_second = (
+                chosen.batch * self.rows.shape[1] / statistics.median(state.seconds)
+            )
         report.curves["end to end"] = state.losses
         report.curves["end to end, held out"] = [*state.held_out.values()]
         first, best = state.held_out[0], state.held_out[state.best_step]

@@ -24,6 +24,7 @@ from fptq_compiler.recipe import (
     CalibrationRecipe,
     LocalRecipe,
     Recipe,
+    TrainingRecipe,
     WeightsRecipe,
 )
 from fptq_compiler.report import Report
@@ -33,7 +34,11 @@ from tests.toys import ToyConfig, export_toy
 SMALL = ToyConfig(layers=1, hidden=32, mlp=48, tied=True)
 """One block; 48 is no multiple of 32, so that the last block of a scale is a short one."""
 BIASED = replace(SMALL, attention_bias=True, output_bias=True, mlp_bias=True)
-QUICK = Recipe(local=LocalRecipe(steps=3), calibration=CalibrationRecipe(samples=4, length=24))
+QUICK = Recipe(
+    local=LocalRecipe(steps=3),
+    training=TrainingRecipe(steps=0),
+    calibration=CalibrationRecipe(samples=4, length=24),
+)
 
 
 def quick(setting: str, **changes: Any) -> Recipe:

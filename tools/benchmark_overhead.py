@@ -24,7 +24,7 @@ from fptq_compiler.cli.console import listening
 from fptq_compiler.driver import Options, compile_file
 from fptq_compiler.errors import FptqError
 from fptq_compiler.progress import Progress
-from fptq_compiler.recipe import CacheRecipe, LocalRecipe, Recipe
+from fptq_compiler.recipe import CacheRecipe, LocalRecipe, Recipe, TrainingRecipe
 from fptq_compiler.runtime.model_file import ModelFile, read_model_file
 
 MERGED = ("residual", "prerope", "value", "updown")
@@ -55,7 +55,8 @@ def main(
     console = Console()
     settings = Settings(_numbers(prompt_lengths), _numbers(decode_at), 1, threads, None, repeats)
     recipe = Recipe(
-        target=target, local=LocalRecipe(steps=0), cache=CacheRecipe(enabled=True)
+        target=target, local=LocalRecipe(steps=0), training=TrainingRecipe(steps=0),
+        cache=CacheRecipe(enabled=True),
     ).override(bits=bits)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -50,6 +50,7 @@ from fptq_compiler.recipe import (  # noqa: E402
     CalibrationRecipe,
     LocalRecipe,
     Recipe,
+    TrainingRecipe,
 )
 from fptq_compiler.report import Report, write_text_whole  # noqa: E402
 from fptq_compiler.runtime.session_file import SessionFile  # noqa: E402
@@ -75,6 +76,7 @@ LONGEST_REASON = 200
 QUICK = Recipe(
     target="ort-cpu",
     local=LocalRecipe(steps=2),
+    training=TrainingRecipe(steps=0),
     calibration=CalibrationRecipe(samples=2, length=32),
 )
 

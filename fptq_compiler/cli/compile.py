@@ -67,6 +67,14 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "without a site is an error. auto takes every one that applies.",
 )
 @click.option(
+    "--choose-transforms",
+    "choose",
+    is_flag=True,
+    default=None,
+    help="Try each transform, and S_n at each place, in a short training; keep what lowers the "
+    "loss on held-out text.",
+)
+@click.option(
     "--calibration",
     type=EXISTING_FILE,
     metavar="FILE",
@@ -165,6 +173,7 @@ def command(
     max_length: int | None,
     kv_scales: str | None,
     steps: int | None,
+    choose: bool | None,
     samples: int | None,
     sequence_length: int | None,
     target: str | None,
@@ -205,6 +214,7 @@ def command(
         matmulnbits_accuracy_level=matmulnbits_accuracy_level,
         kv_scales=kv_scales,
         steps=steps,
+        choose=choose,
     )
     check_output(model, output)
     check_device(device)

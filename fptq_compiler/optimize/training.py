@@ -7,6 +7,7 @@ The state that is best on held-out text is kept.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,6 +86,7 @@ def train(
     while state.step < plan.steps and not state.is_stale(plan.patience):
         if state.step % plan.evaluate_every == 0:
             state.judge(held_out_loss(student, teacher, batches, objective))
+        started = time.perf_counter()
         for settings, group in zip(optimizer.param_groups, groups, strict=True):
             settings["lr"] = group.rate * rate_factor(state.step, plan.steps, plan.warmup)
         ids = rows_of_rank(batches.at(state.step))
@@ -96,7 +98,7 @@ def train(
         average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, plan.clip, error_if_nonfinite=True)
         optimizer.step()
-        state.advance(mean_over_ranks(loss.detach()))
+        state.advance(mean_over_ranks(loss.detach()), time.perf_counter() - started)
         progress.advance(1, state.words())
     state.judge(held_out_loss(student, teacher, batches, objective))
     state.restore_best()

@@ -26,6 +26,7 @@ class TrainingState:
         step: how many are done.
         losses: of every step, on its batch.
         held_out: by step, the loss on held-out text before it.
+        seconds: of every step of this process, without the looks at held-out text.
     """
 
     groups: Sequence[Group]
@@ -35,6 +36,7 @@ class TrainingState:
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
     best: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -71,9 +73,10 @@ class TrainingState:
         looks = list(self.held_out.values())
         return 0 < patience < len(looks) and min(looks[-patience:]) >= min(looks[:-patience])
 
-    def advance(self, loss: float) -> None:
+    def advance(self, loss: float, seconds: float) -> None:
         """One more step is done; every KEEP_EVERY the state is kept."""
         self.losses.append(loss)
+        self.seconds.append(seconds)
         self.step += 1
         if self.step % KEEP_EVERY == 0:
             self.keeper.save(self._record())

@@ -22,7 +22,13 @@ from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier, relative_error
 from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.fold_transforms import FoldTransforms
-from fptq_compiler.recipe import TRANSFORMS, CalibrationRecipe, LocalRecipe, Recipe
+from fptq_compiler.recipe import (
+    TRANSFORMS,
+    CalibrationRecipe,
+    LocalRecipe,
+    Recipe,
+    TrainingRecipe,
+)
 from fptq_compiler.stages import vocabulary_of
 from fptq_compiler.summary import applied_transforms
 
@@ -89,7 +95,8 @@ def test_perplexity_at_4_8_8_from_the_command_line(
     text = shared_data / "text" / "wikitext-2-raw" / "wiki.test.raw"
     output, report, recipe = (tmp_path / name for name in ("m.onnx", "r.json", "recipe.toml"))
     chosen = replace(
-        Recipe(), local=LocalRecipe(steps=20), calibration=CalibrationRecipe(4, 128)
+        Recipe(), local=LocalRecipe(steps=20), training=TrainingRecipe(steps=0),
+        calibration=CalibrationRecipe(4, 128),
     )
     recipe.write_text(chosen.to_toml(), encoding="utf-8")
     words = [str(smollm2), "-o", str(output), "--recipe", str(recipe), "--report", str(report)]

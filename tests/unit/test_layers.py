@@ -12,8 +12,8 @@ import fptq_compiler
 PACKAGE = Path(fptq_compiler.__file__).parent
 
 RECORDS = {
-    "progress", "recipe", "recipe_parts", "closed_config", "report", "stage_clock", "memory",
-    "inspection",
+    "progress", "recipe", "recipe_parts", "recipe_training", "closed_config", "report",
+    "stage_clock", "memory", "inspection",
 }
 """Plain modules that need no torch: what a stage is asked for, what it says it did and costs."""
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fptq_compiler.errors import OptimizationError
-from fptq_compiler.graph.edges import chains
+from fptq_compiler.graph.edges import chains, split
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.verify import off_identity
 from fptq_compiler.optimize.inputs import map_inputs
-from fptq_compiler.optimize.local import _apply, _split, lp_norm, optimize_locally
+from fptq_compiler.optimize.local import _apply, lp_norm, optimize_locally
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import TRANSFORMS
 from tests.passes.steps import transformed
@@ -77,7 +77,7 @@ def test_what_is_applied_once_commutes_with_what_is_trained(program: Program) ->
     with torch.no_grad(), off_identity(program, 5):
         for name, edges in chains(program).items():
             weight = program.parameter(name).double()
-            constant, moving = _split(edges, trained)
+            constant, moving = split(edges, trained)
             expected = _apply(edges, weight)
             found = _apply(moving, _apply(constant, weight))
             # float64: the same products in another order

@@ -75,7 +75,7 @@ def test_a_recipe_comes_back_from_its_toml(recipe: Recipe) -> None:
 
 def test_the_default_recipe_reads_as_written() -> None:
     assert Recipe().to_toml() == (
-        'name = "fptquant-local"\n'
+        'name = "fptquant"\n'
         'bits = "4-8-8"\n'
         'target = "qdq"\n'
         'dtype = "auto"\n'
@@ -87,6 +87,8 @@ def test_the_default_recipe_reads_as_written() -> None:
         'scaling_places = ["down_proj"]\n'
         "residual_learned = true\n"
         'hadamard_block = "auto"\n'
+        "choose = false\n"
+        "trial_steps = 20\n"
         "\n[weights]\n"
         "block = 0\n"
         "p = 2.0\n"
@@ -102,6 +104,27 @@ def test_the_default_recipe_reads_as_written() -> None:
         "learning_rate = 0.01\n"
         "p = 4.0\n"
         'objective = "weights"\n'
+        "\n[training]\n"
+        "steps = 200\n"
+        "batch = 2\n"
+        "length = 256\n"
+        'objective = "jensen-shannon"\n'
+        "top_k = 256\n"
+        "transforms_rate = 0.003\n"
+        "weights_rate = 0.003\n"
+        "activations_rate = 0.003\n"
+        "zero_points_rate = 0.02\n"
+        "warmup = 0.1\n"
+        "clip = 1.0\n"
+        'weights = "none"\n'
+        "rank = 16\n"
+        "correction_rate = 0.0001\n"
+        "held_out = 8\n"
+        "evaluate_every = 20\n"
+        "patience = 0\n"
+        'compute = "auto"\n'
+        "residual = false\n"
+        "checkpointing = false\n"
         "\n[calibration]\n"
         "samples = 8\n"
         "length = 256\n"
