@@ -25,6 +25,7 @@ from fptq_compiler.closed_config import (
 from fptq_compiler.errors import RecipeError
 from fptq_compiler.recipe_parts import (
     CACHE_SCALES,
+    ROUNDINGS,
     TRANSFORMS,
     ActivationsRecipe,
     Bits,
@@ -43,6 +44,7 @@ __all__ = [
     "CACHE_SCALES",
     "DEFAULT_RECIPE",
     "DTYPES",
+    "ROUNDINGS",
     "TARGETS",
     "TRANSFORMS",
     "VERIFY_LEVELS",
@@ -158,6 +160,7 @@ class Recipe:
         kv_scales: str | None = None,
         steps: int | None = None,
         choose: bool | None = None,
+        rounding: str | None = None,
     ) -> Recipe:
         """Gives the recipe with the command line's flags in it; None leaves a setting alone.
 
@@ -178,6 +181,7 @@ class Recipe:
             kv_scales: which values of a quantised cache share a scale.
             steps: of end-to-end training; 0 leaves it out.
             choose: whether transforms are tried, and kept where held-out text says so.
+            rounding: of the weights of linears.
 
         Raises:
             RecipeError: a value does not exist, is out of range, or contradicts another one.
@@ -193,7 +197,9 @@ class Recipe:
             ),
             weights=replace(
                 self.weights, **tables,
-                **_given(matmulnbits_accuracy_level=matmulnbits_accuracy_level),
+                **_given(
+                    matmulnbits_accuracy_level=matmulnbits_accuracy_level, rounding=rounding
+                ),
             ),
             cache=replace(
                 self.cache, **_given(enabled=kv_cache, max_length=max_length, scales=kv_scales)
@@ -208,6 +214,12 @@ class Recipe:
             message = (
                 f"{flags}: at {made.bits} the weights stay in float, and embedding and head "
                 "with them; quantise the weights, or leave it out"
+            )
+            raise RecipeError(message)
+        if made.bits.weights == 16 and rounding == "gptq":
+            message = (
+                f"--rounding gptq: at {made.bits} the weights stay in float; quantise them, or "
+                "leave it out"
             )
             raise RecipeError(message)
         return made

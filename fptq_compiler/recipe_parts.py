@@ -32,6 +32,7 @@ WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
 HADAMARD_BLOCKS: Final = (0, 16, 32, 64, 128, 256, 512)
 ACCURACY_LEVELS: Final = (1, 4)
+ROUNDINGS: Final = ("nearest", "gptq")
 SINKS: Final = ("first-position", "none")
 OBJECTIVES: Final = ("weights", "activations")
 
@@ -175,6 +176,9 @@ class WeightsRecipe:
             quantised: 1 is float, 4 quantises activations to INT8 on the fly, which is faster
             and no longer weight-only.
         bias_correction: give every linear the bias that keeps its mean output.
+        rounding: to the "nearest" code, or by "gptq", which rounds each input channel so that it
+            makes up for those before it on the calibration inputs; of linears, and of the head
+            where it has 4 bits.
     """
 
     block: int = 0
@@ -183,6 +187,7 @@ class WeightsRecipe:
     head_bits: int = 8
     matmulnbits_accuracy_level: int = 1
     bias_correction: bool = True
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         check_one_of("weights.block", self.block, BLOCKS)
@@ -192,6 +197,7 @@ class WeightsRecipe:
         check_one_of(
             "weights.matmulnbits_accuracy_level", self.matmulnbits_accuracy_level, ACCURACY_LEVELS
         )
+        check_one_of("weights.rounding", self.rounding, ROUNDINGS)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,15 @@ from fptq_compiler.graph.verify import Verifier, must_preserve
 from fptq_compiler.language_model import refuse_fixed_sizes, refuse_inputs, refuse_outputs
 from fptq_compiler.lower.targets import float_type_of, target_of
 from fptq_compiler.memory import return_freed_memory
-from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
+from fptq_compiler.optimize.calibrate import (
+    Calibration,
+    calibrate_activations,
+    calibrate_weights,
+)
 from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
+from fptq_compiler.optimize.mean_shift import mean_shifts
+from fptq_compiler.optimize.round_weights import round_weights
 from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.add_cache import AddCache
 from fptq_compiler.passes.carry_epsilon import CarryEpsilon
@@ -120,7 +126,8 @@ def needs_calibration(recipe: Recipe) -> bool:
     """Whether anything is found from activations."""
     if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS:
         return True
-    if recipe.bits.weights != FLOAT_BITS and recipe.weights.bias_correction:
+    from_inputs = recipe.weights.bias_correction or recipe.weights.rounding == "gptq"
+    if recipe.bits.weights != FLOAT_BITS and from_inputs:
         return True
     return recipe.local.objective == "activations" and recipe.local.steps > 0
 
@@ -209,6 +216,10 @@ def quantize(
         training: the end-to-end stage; None leaves it out.
         dump_dir: an existing folder for the graph after each pass.
     """
+    batches = [] if ids is None else [row.unsqueeze(0) for row in ids]
+    rounds = bool(batches) and recipe.bits.weights != FLOAT_BITS and (
+        recipe.weights.rounding == "gptq"
+    )
     with report.stage("quantise"):
         _run(program, (quantizer_placement(recipe),), None, dump_dir)
         report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
@@ -216,14 +227,19 @@ def quantize(
         if ids is not None:
             found = calibrate_activations(
                 program,
-                [row.unsqueeze(0) for row in ids],
+                batches,
                 p=recipe.activations.p,
                 sinks=recipe.activations.sinks,
                 progress=progress,
             )
             report.sqnr.update(found.sqnr)
-            if recipe.weights.bias_correction:
-                steps.append(CorrectBias(found.means))
+            shifts: dict[str, Tensor] = {}
+            if training is None and rounds:
+                shifts = _round(program, recipe, batches, found, report, progress)
+            elif recipe.weights.bias_correction:
+                shifts = mean_shifts(program, found.means)
+            if shifts:
+                steps.append(CorrectBias(shifts))
             steps.append(ProtectFirstPosition(found.first_position))
             report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
         program.facts.add("calibrated")
@@ -231,12 +247,34 @@ def quantize(
     if training is not None:
         with report.stage("end-to-end training"):
             training.run(program, recipe, report, progress)
+        _run(program, (FoldTransforms(),), None, dump_dir)
+        if rounds:
+            _round(program, recipe, batches, Calibration(), report, progress)
     with report.stage("freeze"):
-        steps = [FoldTransforms(), FreezeQuantizers()]
+        steps = [FreezeQuantizers()]
         float_type = float_type_of(recipe)
         if float_type != "float32":
             steps.append(RoundScales(getattr(torch, float_type)))
         _run(program, tuple(steps), None, dump_dir)
+
+
+def _round(
+    program: Program,
+    recipe: Recipe,
+    batches: Sequence[Tensor],
+    found: Calibration,
+    report: Report,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Round the weights by GPTQ; gives the shifts that biases correct, where means are found."""
+    with report.stage("round weights"):
+        rounding = round_weights(
+            program, batches, found,
+            correct_bias=recipe.weights.bias_correction and bool(found.means), progress=progress,
+        )
+    report.sqnr.update(rounding.sqnr)
+    report.decisions.append(f"GPTQ rounded {len(rounding.sqnr)} weights")
+    return rounding.shifts
 
 
 def quantizer_placement(recipe: Recipe) -> PlaceQuantizers:

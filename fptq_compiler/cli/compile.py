@@ -17,6 +17,7 @@ from fptq_compiler.recipe import (
     CACHE_SCALES,
     DEFAULT_RECIPE,
     DTYPES,
+    ROUNDINGS,
     TARGETS,
     TRANSFORMS,
     VERIFY_LEVELS,
@@ -54,6 +55,12 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--head-bits", type=int, metavar="4|8|16",
     help="Bits of the head, a scale an output channel; 8 in the built-in recipes.",
+)
+@click.option(
+    "--rounding",
+    metavar="|".join(ROUNDINGS),
+    help="Of the weights of linears: to the nearest code, or by GPTQ, where each input channel "
+    "makes up for the rounding of those before it on the calibration inputs.",
 )
 @click.option(
     "--matmulnbits-accuracy-level", type=int, metavar="1|4",
@@ -165,6 +172,7 @@ def command(
     bits: str | None,
     embedding_bits: int | None,
     head_bits: int | None,
+    rounding: str | None,
     matmulnbits_accuracy_level: int | None,
     transforms: str | None,
     calibration: Path | None,
@@ -215,6 +223,7 @@ def command(
         kv_scales=kv_scales,
         steps=steps,
         choose=choose,
+        rounding=rounding,
     )
     check_output(model, output)
     check_device(device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fptq_compiler.quant.granularity import Granularity
-from fptq_compiler.quant.grid import Grid, quantize
+from fptq_compiler.quant.grid import Grid, fake_quantize
 
 COLUMNS = 128
 """Columns that make up for each other one by one; those before them come in by one matmul."""
@@ -26,7 +26,7 @@ CHUNK = 1 << 23
 
 
 def gptq(W: Tensor, H: Tensor, scale: Tensor, granularity: Granularity, grid: Grid) -> Tensor:
-    """Codes of W that lose least of its outputs, as far as one pass over the columns finds them.
+    """W on the grid so that little of its outputs is lost.
 
     A row that nearest rounding serves better keeps it. So no row's error over the calibration
     inputs is larger than with nearest rounding.
@@ -39,7 +39,7 @@ def gptq(W: Tensor, H: Tensor, scale: Tensor, granularity: Granularity, grid: Gr
         grid: symmetric.
 
     Returns:
-        Codes in the shape and dtype of W.
+        Codes times scale in the shape and dtype of W: nearest rounding gives the same codes.
 
     Raises:
         ValueError: the shapes do not fit, or H is no Hessian.
@@ -87,31 +87,31 @@ def round_columns(
     R = R.to(dtype)
     steps = granularity.expand(scale.to(dtype), W.shape).expand(W.shape)
     rows = max(1, CHUNK // W.shape[1])
-    codes = torch.empty_like(W)
+    rounded = torch.empty_like(W)
     for start in range(0, W.shape[0], rows):
         part = slice(start, start + rows)
-        codes[part] = _round_rows(W[part].to(dtype), R, steps[part], grid)
-    return codes
+        rounded[part] = _round_rows(W[part].to(dtype), R, steps[part], grid)
+    return rounded
 
 
 def _round_rows(W: Tensor, R: Tensor, steps: Tensor, grid: Grid) -> Tensor:
-    nearest = quantize(W, steps, None, grid)
+    nearest = fake_quantize(W, steps, None, grid)
     fed = _feed_forward(W.t().contiguous(), R / R.diagonal(), steps.t(), grid).t()
-    better = _loss(W - fed * steps, R) < _loss(W - nearest * steps, R)
+    better = _loss(W - fed, R) < _loss(W - nearest, R)
     return torch.where(better[:, None], fed, nearest)
 
 
 def _feed_forward(weights: Tensor, M: Tensor, steps: Tensor, grid: Grid) -> Tensor:
-    """Codes (in, out) of weights (in, out), row by row, each with the errors of those before."""
-    errors, codes = torch.empty_like(weights), torch.empty_like(weights)
+    """Round weights (in, out) row by row, each with the errors of those before."""
+    errors, rounded = torch.empty_like(weights), torch.empty_like(weights)
     for start in range(0, len(weights), COLUMNS):
         stop = min(start + COLUMNS, len(weights))
         targets = weights[start:stop] + M[:start, start:stop].t() @ errors[:start]
         for row in range(start, stop):
             target = targets[row - start] + M[start:row, row] @ errors[start:row]
-            codes[row] = quantize(target, steps[row], None, grid)
-            errors[row] = weights[row] - codes[row] * steps[row]
-    return codes
+            rounded[row] = fake_quantize(target, steps[row], None, grid)
+            errors[row] = weights[row] - rounded[row]
+    return rounded
 
 
 def _loss(errors: Tensor, R: Tensor) -> Tensor:

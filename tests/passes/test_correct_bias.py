@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.calibrate import calibrate_activations, calibrate_weights
+from fptq_compiler.optimize.mean_shift import Means, mean_shifts
 from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.place_quantizers import PlaceQuantizers
@@ -35,7 +36,7 @@ weight_quantizers_model_layers_0_mlp_gate_proj_weight, \
 """
 
 
-def _calibrated() -> tuple[Program, CorrectBias]:
+def _calibrated() -> tuple[Program, dict[str, Means]]:
     place = PlaceQuantizers(
         weights=4, activations=4, cache=16, block=0, embedding_bits=8, head_bits=8
     )
@@ -44,7 +45,7 @@ def _calibrated() -> tuple[Program, CorrectBias]:
     found = calibrate_activations(
         program, [IDS], p=2.0, sinks="none", progress=SilentProgress()
     )
-    return program, CorrectBias(found.means)
+    return program, found.means
 
 
 def _weights(program: Program, linear: str) -> tuple[Tensor, Tensor]:
@@ -57,21 +58,25 @@ def _weights(program: Program, linear: str) -> tuple[Tensor, Tensor]:
     return weight.double(), module(weight).detach().double()
 
 
+def _correction(program: Program, means: dict[str, Means]) -> CorrectBias:
+    return CorrectBias(mean_shifts(program, means))
+
+
 def test_text() -> None:
-    program, correct = _calibrated()
+    program, means = _calibrated()
     names = ("linear_3", "linear_4")
     assert pick(program, *names) == BEFORE
-    assert run(program, correct).changed == 7
+    assert run(program, _correction(program, means)).changed == 7
     assert pick(program, *names) == AFTER
 
 
 def test_numbers() -> None:
     """The mean output is the float model's: E[x] W + b = E[x̂] Ŵ + b'."""
-    program, correct = _calibrated()
-    old = {n: program.node(n).args[2:] for n in correct.means}
+    program, means = _calibrated()
+    old = {n: program.node(n).args[2:] for n in means}
     biases = {n: program.parameter(str(b[0].target)).double() for n, b in old.items() if b}
-    run(program, correct)
-    for name, (exact, quantized) in correct.means.items():
+    run(program, _correction(program, means))
+    for name, (exact, quantized) in means.items():
         weight, on_grid = _weights(program, name)
         new = program.node(name).args[2:]
         if not new:
@@ -86,15 +91,16 @@ def test_numbers() -> None:
 
 def test_near_miss() -> None:
     """The head keeps to its weights, and a linear whose mean nobody knows stays as it is."""
-    program, correct = _calibrated()
-    assert "linear_7" in correct.means
-    known = {n: m for n, m in correct.means.items() if n != "linear_4"}
-    assert run(program, CorrectBias(known)).changed == 6
+    program, means = _calibrated()
+    assert "linear_7" in means
+    known = {n: m for n, m in means.items() if n != "linear_4"}
+    assert run(program, _correction(program, known)).changed == 6
     assert len(program.node("linear_7").args) == 2
     assert len(program.node("linear_4").args) == 2
 
 
 def test_run_twice() -> None:
-    program, correct = _calibrated()
+    program, means = _calibrated()
+    correct = _correction(program, means)
     run(program, correct)
     assert_settled(program, correct)

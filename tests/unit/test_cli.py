@@ -125,7 +125,7 @@ def test_compile_passes_everything_on(driver: StubDriver, model: Path) -> None:
     text = model.with_name("text.txt")
     text.write_text("words", encoding="utf-8")
     words = "--bits 4-4-4 --transforms value --samples 3 --sequence-length 64 --verify full"
-    words += " --embedding-bits 4 --head-bits 16"
+    words += " --embedding-bits 4 --head-bits 16 --rounding gptq"
     files = ["--calibration", str(text), "--report", str(model.with_name("r.json"))]
     code = run(
         compile_cli.command,
@@ -136,6 +136,7 @@ def test_compile_passes_everything_on(driver: StubDriver, model: Path) -> None:
     assert output == model.with_suffix(".onnx")
     assert str(options.recipe.bits) == "4-4-4"
     assert (options.recipe.embedding_bits, options.recipe.head_bits) == (4, 16)
+    assert options.recipe.weights.rounding == "gptq"
     assert options.recipe.transforms.names == ("value",)
     assert (options.recipe.calibration.samples, options.recipe.calibration.length) == (3, 64)
     assert (options.recipe.verify, options.recipe.seed) == ("full", 5)

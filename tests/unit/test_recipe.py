@@ -39,7 +39,10 @@ RECIPES = st.builds(
     name=st.text(max_size=12),
     bits=BITS,
     transforms=st.one_of(st.just(TransformsRecipe()), DEMANDED),
-    weights=st.builds(WeightsRecipe, st.sampled_from([0, 32, 64, 128]), POWERS, WIDTHS, WIDTHS),
+    weights=st.builds(
+        WeightsRecipe, st.sampled_from([0, 32, 64, 128]), POWERS, WIDTHS, WIDTHS,
+        rounding=st.sampled_from(["nearest", "gptq"]),
+    ),
     activations=st.builds(ActivationsRecipe, POWERS, st.sampled_from(["first-position", "none"])),
     local=st.builds(LocalRecipe, st.integers(0, 500), st.floats(1e-6, 1.0), POWERS),
     calibration=st.builds(CalibrationRecipe, st.integers(1, 64), st.integers(2, 4096)),
@@ -96,6 +99,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "head_bits = 8\n"
         "matmulnbits_accuracy_level = 1\n"
         "bias_correction = true\n"
+        'rounding = "nearest"\n'
         "\n[activations]\n"
         "p = 2.0\n"
         'sinks = "first-position"\n'
@@ -286,6 +290,16 @@ def test_tables_have_bits_of_their_own() -> None:
     message = "--embedding-bits 4: at 16-8-8 the weights stay in float"
     with pytest.raises(RecipeError, match=message):
         Recipe().override(bits="16-8-8", embedding_bits=4)
+
+
+def test_rounding_is_a_choice_where_weights_are_rounded() -> None:
+    assert Recipe().weights.rounding == "nearest"
+    assert Recipe().override(rounding="gptq").weights == WeightsRecipe(rounding="gptq")
+    message = r"weights\.rounding is 'up', expected one of nearest, gptq"
+    with pytest.raises(RecipeError, match=message):
+        Recipe().override(rounding="up")
+    with pytest.raises(RecipeError, match="--rounding gptq: at 16-8-8 the weights stay in float"):
+        Recipe().override(bits="16-8-8", rounding="gptq")
 
 
 def test_a_recipe_cannot_be_changed() -> None:
