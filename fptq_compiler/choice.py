@@ -105,6 +105,7 @@ def _trial_loss(program: Program, recipe: Recipe, ids: Tensor, rows: Tensor) -> 
     )
     report, silent = Report(origin="trial"), SilentProgress()
     untrained = transform(program, trial, ids, report, silent)
+    assert untrained is not None
     stage = TrainingStage(
         untrained.original, untrained.transformed, untrained.maps, rows,
         WorkFolder(None, trial, program),

@@ -184,7 +184,7 @@ def _compile(
         program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir
     )
     training = None
-    if rows is not None:
+    if rows is not None and untrained is not None:
         training = TrainingStage(
             untrained.original, untrained.transformed, untrained.maps, rows, work
         )

@@ -35,6 +35,7 @@ def prepare(program: Program, recipe: Recipe) -> None:
         seed=recipe.seed,
         scaling_places=recipe.transforms.scaling_places,
         hadamard_block=recipe.hadamard_block,
+        value_map=recipe.transforms.value_map,
     )
     run_passes(program, (*steps, quantizer_placement(recipe)))
 

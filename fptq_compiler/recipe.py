@@ -25,6 +25,7 @@ from fptq_compiler.closed_config import (
 from fptq_compiler.errors import RecipeError
 from fptq_compiler.recipe_parts import (
     CACHE_SCALES,
+    NEIGHBOURS,
     ROUNDINGS,
     TRANSFORMS,
     ActivationsRecipe,
@@ -44,6 +45,7 @@ __all__ = [
     "CACHE_SCALES",
     "DEFAULT_RECIPE",
     "DTYPES",
+    "NEIGHBOURS",
     "ROUNDINGS",
     "TARGETS",
     "TRANSFORMS",
@@ -281,6 +283,28 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
         name="rtn-trained",
         transforms=TransformsRecipe(names=(), where_possible=False),
         local=LocalRecipe(steps=0),
+    ),
+    "smoothquant": Recipe(
+        name="smoothquant",
+        transforms=TransformsRecipe(names=("smooth",), where_possible=False),
+        local=LocalRecipe(steps=0),
+        training=TrainingRecipe(steps=0),
+    ),
+    "quarot": Recipe(
+        name="quarot",
+        transforms=TransformsRecipe(
+            names=("residual", "value", "hadamard", "heads", "keys"), where_possible=False,
+            residual_learned=False, value_map="hadamard", hadamard_block=0,
+        ),
+        local=LocalRecipe(steps=0),
+        training=TrainingRecipe(steps=0),
+    ),
+    "spinquant": Recipe(
+        name="spinquant",
+        transforms=TransformsRecipe(
+            names=("residual", "value", "hadamard", "keys"), where_possible=False,
+            value_map="rotation", hadamard_block=0,
+        ),
     ),
     "quarot-static": Recipe(
         name="quarot-static",

@@ -16,7 +16,13 @@ from fptq_compiler.closed_config import (
 from fptq_compiler.errors import RecipeError
 
 TRANSFORMS: Final = ("residual", "prerope", "value", "updown", "hadamard", "scaling")
-"""The six transforms, in the order in which they are inserted: T_r, T_k, T_v, T_u, T_d, S_n."""
+"""The six transforms of FPTQuant: T_r, T_k, T_v, T_u, T_d, S_n."""
+
+NEIGHBOURS: Final = ("smooth", "heads", "keys")
+"""What other methods insert, never by "auto": SmoothQuant's scale between norms and linears;
+QuaRot's Hadamards across the heads in front of o_proj, and of queries and keys behind RoPE."""
+
+VALUE_MAPS: Final = ("affine", "rotation", "hadamard")
 
 SCALING_PLACES: Final = ("down_proj", "o_proj")
 """Where S_n may multiply: at the input of the linear that writes into the residual."""
@@ -116,6 +122,9 @@ class TransformsRecipe:
         scaling_places: linears whose input S_n multiplies; elsewhere it multiplies the output.
             On SmolLM2 the input of o_proj is calmer without it.
         residual_learned: train T_r; otherwise it stays the Hadamard it starts from.
+        value_map: what T_v may become from the Hadamard it starts from: any invertible map, a
+            rotation, or nothing else.
+        smooth_alpha: how much of the outliers moves from the activations into the weights.
         hadamard_block: channels that T_d mixes with each other, at run time one matmul with a
             matrix of that order; 0 mixes all, which costs two matmuls and a transpose. A width
             that it does not divide is mixed whole. None is "auto": 0 for 4-bit activations,
@@ -131,6 +140,8 @@ class TransformsRecipe:
     where_possible: bool = True
     scaling_places: tuple[str, ...] = ("down_proj",)
     residual_learned: bool = True
+    value_map: str = "affine"
+    smooth_alpha: float = 0.85
     hadamard_block: int | None = field(
         default=None, metadata=spelled(read_block, _write_block)
     )
@@ -141,9 +152,14 @@ class TransformsRecipe:
         check_at_least("transforms.trial_steps", self.trial_steps, 1)
         if self.hadamard_block is not None:
             check_one_of("transforms.hadamard_block", self.hadamard_block, HADAMARD_BLOCKS)
+        check_one_of("transforms.value_map", self.value_map, VALUE_MAPS)
+        if not 0.0 <= self.smooth_alpha <= 1.0:
+            message = f"transforms.smooth_alpha is {self.smooth_alpha!r}, expected 0 to 1"
+            raise RecipeError(message)
+        known = (*TRANSFORMS, *NEIGHBOURS)
         for name in self.names or ():
-            if name not in TRANSFORMS:
-                message = f"unknown transform {name!r}: {nearest(name, TRANSFORMS)}"
+            if name not in known:
+                message = f"unknown transform {name!r}: {nearest(name, known)}"
                 raise RecipeError(message)
         if self.names is None and not self.where_possible:
             message = (
@@ -154,12 +170,12 @@ class TransformsRecipe:
         for place in self.scaling_places:
             check_one_of("transforms.scaling_places", place, SCALING_PLACES)
         if self.names is not None:
-            in_order = tuple(name for name in TRANSFORMS if name in self.names)
+            in_order = tuple(name for name in known if name in self.names)
             object.__setattr__(self, "names", in_order)
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The transforms to look for, in the order of insertion."""
+        """The transforms to look for."""
         return TRANSFORMS if self.names is None else self.names
 
 

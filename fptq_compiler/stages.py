@@ -33,6 +33,7 @@ from fptq_compiler.optimize.inputs import map_inputs
 from fptq_compiler.optimize.local import optimize_locally
 from fptq_compiler.optimize.mean_shift import mean_shifts
 from fptq_compiler.optimize.round_weights import round_weights
+from fptq_compiler.optimize.smooth import set_smoothing
 from fptq_compiler.passes import FIND_SITES, insertion
 from fptq_compiler.passes.add_cache import AddCache
 from fptq_compiler.passes.carry_epsilon import CarryEpsilon
@@ -67,13 +68,11 @@ class Untrained:
         original: the model as captured, its sites found.
         transformed: with the transforms; its maps are the program's own.
         maps: those that are still on their edges.
-        verifier: holds the original's logits; None where nothing is verified.
     """
 
     original: Program
     transformed: Program
     maps: tuple[Map, ...]
-    verifier: Verifier | None
 
 
 
@@ -129,6 +128,8 @@ def needs_calibration(recipe: Recipe) -> bool:
     from_inputs = recipe.weights.bias_correction or recipe.weights.rounding == "gptq"
     if recipe.bits.weights != FLOAT_BITS and from_inputs:
         return True
+    if "smooth" in recipe.transforms.candidates:
+        return True
     return recipe.local.objective == "activations" and recipe.local.steps > 0
 
 
@@ -141,7 +142,7 @@ def transform(
     *,
     work: WorkFolder | None = None,
     dump_dir: Path | None = None,
-) -> Untrained:
+) -> Untrained | None:
     """From capture to folded weights: sites, transforms, local optimisation, fold.
 
     Maps that are to be trained end to end stay on their edges.
@@ -156,7 +157,7 @@ def transform(
         dump_dir: an existing folder for the graph after each pass.
 
     Returns:
-        What the end-to-end stage needs.
+        What the end-to-end stage needs, where there is one.
     """
     verifier: Verifier | None = None
     with report.stage("find sites"):
@@ -172,16 +173,20 @@ def transform(
             logger.warning("not recognised: %s", ", ".join(places))
         demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
         refuse_unrecognised(demanded, report.unrecognised)
-    original = program.copy()
+    original = program.copy() if recipe.trains else None
     with report.stage("insert transforms"):
         steps = insertion(
             recipe.transforms.candidates,
             seed=recipe.seed,
             scaling_places=recipe.transforms.scaling_places,
             hadamard_block=recipe.hadamard_block,
+            value_map=recipe.transforms.value_map,
         )
         _run(program, steps, verifier, dump_dir)
         _refuse_missing(program, recipe)
+    if "smooth" in recipe.transforms.candidates and ids is not None:
+        with report.stage("smooth activations"):
+            set_smoothing(program, [ids], recipe.transforms.smooth_alpha, progress)
     with report.stage("local optimisation"):
         report.curves.update(_optimize(program, recipe, ids, work, progress))
     with report.stage("fold"):
@@ -192,7 +197,7 @@ def transform(
         _run(program, tuple(folding), verifier, dump_dir)
     if verifier is not None:
         report.preserved.update(verifier.errors)
-    return Untrained(original, program.copy(), maps, verifier)
+    return Untrained(original, program.copy(), maps) if original is not None else None
 
 
 def quantize(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.sites import AttentionSite
-from fptq_compiler.recipe import TRANSFORMS
+from fptq_compiler.recipe import NEIGHBOURS, TRANSFORMS
 from fptq_compiler.report import SiteRow
 
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -14,11 +14,12 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "attention": ("prerope", "value"),
     "mlp": ("updown", "hadamard"),
 }
+"""FPTQuant's transforms of each kind of site: why one was not applied is always said."""
 
 
 def applied_transforms(program: Program) -> dict[str, int]:
     """How many sites each transform was applied at; only those that were."""
-    counts = dict.fromkeys(TRANSFORMS, 0)
+    counts = dict.fromkeys((*TRANSFORMS, *NEIGHBOURS), 0)
     for name in program.maps:
         counts[name.partition(".")[0]] += 1
     if program.scaled:
@@ -73,6 +74,11 @@ def _row(
             applied.append(transform)
         else:
             missing[transform] = "not asked for"
+    for transform in NEIGHBOURS:
+        if transform in refused:
+            missing[transform] = refused[transform]
+        elif _has(program, transform, name):
+            applied.append(transform)
     return SiteRow(name, kind, shape, tuple(applied), missing)
 
 

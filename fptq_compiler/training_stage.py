@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fptq_compiler.graph.edges import online_map
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import held_for_many_runs
 from fptq_compiler.optimize.batches import Batches
@@ -26,12 +27,14 @@ from fptq_compiler.work import WorkFolder
 
 
 def trained_maps(program: Program, recipe: Recipe) -> tuple[Map, ...]:
-    """The maps that the stage trains; the residual's only where the recipe says so."""
+    """The merged maps that the stage trains; the residual's only where the recipe says so."""
     if not recipe.trains:
         return ()
+    online = {online_map(program, node) for node in program.graph.nodes}
     return tuple(
         transform for name, transform in program.maps.items()
-        if (name != "residual" or recipe.training.residual) and transform.has_parameters
+        if (name != "residual" or recipe.training.residual)
+        and transform.has_parameters and transform not in online
     )
 
 

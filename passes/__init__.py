@@ -18,6 +18,9 @@ from fptq_compiler.passes.find_residual import FindResidual
 from fptq_compiler.passes.find_routers import FindRouters
 from fptq_compiler.passes.fold_constants import FoldConstants
 from fptq_compiler.passes.fold_norms import FoldNorms
+from fptq_compiler.passes.insert_heads import InsertHeads
+from fptq_compiler.passes.insert_keys import InsertKeys
+from fptq_compiler.passes.insert_smooth import InsertSmooth
 from fptq_compiler.passes.insert_transforms import (
     InsertHadamard,
     InsertPrerope,
@@ -59,19 +62,26 @@ def insertion(
     seed: int,
     scaling_places: Sequence[str],
     hadamard_block: int = 0,
+    value_map: str = "affine",
 ) -> tuple[Pass, ...]:
     """The passes that prepare the graph and insert the named transforms, in order."""
     steps: list[Pass] = [UntieWeights(), CenterNorms(), FoldNorms()]
     if "scaling" in transforms:
         steps.append(ScaleResidual(scaling_places))
     if "value" in transforms:
-        steps.append(InsertValue(seed))
+        steps.append(InsertValue(seed, value_map))
     if "prerope" in transforms:
         steps.append(InsertPrerope())
     if "updown" in transforms:
         steps.append(InsertUpdown())
     if "hadamard" in transforms:
         steps.append(InsertHadamard(hadamard_block))
-    if "residual" in transforms:  # last: it is the one whose verification costs
+    if "heads" in transforms:
+        steps.append(InsertHeads())
+    if "keys" in transforms:
+        steps.append(InsertKeys())
+    if "residual" in transforms:
         steps.append(InsertResidual(seed))
+    if "smooth" in transforms:
+        steps.append(InsertSmooth())
     return tuple(steps)

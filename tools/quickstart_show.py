@@ -27,13 +27,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--bits", required=True)
+    parser.add_argument("--steps", required=True)
     options = parser.parse_args()
     model = find_gguf()
     text = write_text(options.dir / "python-topics.txt")
     output = options.dir / f"smollm2-135m-{options.bits}.onnx"
     try:
         say(f"== compiling it to {output} (calibrated on text that the model writes itself)")
-        call("fptq_compiler", str(model), "-o", str(output), "--bits", options.bits)
+        words = ["--bits", options.bits, "--steps", options.steps]
+        call("fptq_compiler", str(model), "-o", str(output), *words)
         say(f"== perplexity on {TOKENS} tokens of the Python documentation, windows of {WINDOW}")
         before = evaluate(model, text, model)
         say(f"   original, float32, in torch      {before:8.2f}")

@@ -17,6 +17,7 @@ from fptq_compiler.recipe import (
     CACHE_SCALES,
     DEFAULT_RECIPE,
     DTYPES,
+    NEIGHBOURS,
     ROUNDINGS,
     TARGETS,
     TRANSFORMS,
@@ -70,8 +71,9 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--transforms",
     metavar="LIST|none|auto",
-    help=f"Names with commas between, of {', '.join(TRANSFORMS)}: each is demanded, and one "
-    "without a site is an error. auto takes every one that applies.",
+    help=f"Names with commas between, of {', '.join(TRANSFORMS)}, or {', '.join(NEIGHBOURS)}: "
+    "each is demanded, and one without a site is an error. auto takes every one of FPTQuant's "
+    "six that applies.",
 )
 @click.option(
     "--choose-transforms",

@@ -45,6 +45,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
+def rotate_at(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+) -> Tensor:
+    """Rotate (B, S, H, D) by tables (L, R / 2) of angles at positions (B, S)."""
+    return rotate(x, cos[positions], sin[positions], interleaved)
+
+
 def encode(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
     """Codes of keys or values (B, H_kv, S, D) as the cache holds them; float without a scale."""
     if scale is None:
@@ -136,7 +143,7 @@ class CachedAttention:
     def _rotated(self, x: Tensor) -> Tensor:
         if self.cos is None or self.sin is None:
             return x
-        return rotate(x, self.cos[self.positions], self.sin[self.positions], self.interleaved)
+        return rotate_at(x, self.cos, self.sin, self.positions, self.interleaved)
 
 
 def _cached_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -158,21 +158,30 @@ def insert_edge(program: Program, path: str, parameter: str, edge: Edge) -> None
             user.replace_input_with(end, node)
 
 
-def insert_online(program: Program, name: str, transform: Map, reader: Node) -> Node:
-    """Put a map on the first argument of `reader`, computed at run time."""
-    source = input_node(reader)
+def insert_online(
+    program: Program, name: str, transform: Map, *readers: Node, position: int = 0
+) -> Node:
+    """Put a map on one argument of `readers`, which read one value there; computed at run time."""
+    source = input_node(readers[0], position)
     path = f"online.{name.replace('.', '_')}"
     add_module(program.module, path, OnlineEdge(transform))
-    edge = call_module(program.graph, reader, path, (source,), like=source)
-    reader.args = (edge, *reader.args[1:])
+    edge = call_module(program.graph, min(readers), path, (source,), like=source)
+    for reader in readers:
+        reader.update_arg(position, edge)
     return edge
+
+
+def online_map(program: Program, node: Node) -> Map | None:
+    """The map that the node computes at run time; None where it is no such node."""
+    if node.op != "call_module":
+        return None
+    edge = program.module.get_submodule(str(node.target))
+    return edge.transform if isinstance(edge, OnlineEdge) else None
 
 
 def is_online(program: Program, node: Node) -> bool:
     """Whether the node is a map that is computed at run time."""
-    if node.op != "call_module":
-        return False
-    return isinstance(program.module.get_submodule(str(node.target)), OnlineEdge)
+    return online_map(program, node) is not None
 
 
 def _is_edge(program: Program, node: Node) -> bool:

@@ -146,6 +146,17 @@ class Sites:
     residual: ResidualSite | None = None
     routers: tuple[LinearRef, ...] = ()
 
+    def refusing(self, site: AttentionSite | MlpSite, transform: str, reason: str) -> Sites:
+        """The same sites with one transform refused at one of them."""
+        refused = {**site.refused, transform: reason}
+        return replace(
+            self,
+            attention=tuple(
+                replace(s, refused=refused) if s is site else s for s in self.attention
+            ),
+            mlp=tuple(replace(s, refused=refused) if s is site else s for s in self.mlp),
+        )
+
     def with_linears(self, change: Callable[[LinearRef], LinearRef]) -> Sites:
         """The same sites with every record of a linear changed."""
 

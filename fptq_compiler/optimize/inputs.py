@@ -2,7 +2,8 @@
 
 For the local objective with activations. At an IN port the activation that enters the linear is
 x M, and for T_k the keys that leave their projection are; what is collected here is x, by
-undoing M where it stands in the graph.
+undoing M where it is merged into what comes before, or by looking in front of it where it is
+computed online. Of several maps in front of one linear the first stands for all.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from torch import Tensor
 from torch.fx import Node
 
 from fptq_compiler.graph.blocks import BlockRunner
-from fptq_compiler.graph.edges import WeightEdge, chains, weight_end
+from fptq_compiler.graph.edges import WeightEdge, chains, is_online, online_map, weight_end
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
-from fptq_compiler.transforms import Side
+from fptq_compiler.transforms import Map, Side
 
 ROWS = 512  # tokens kept for each map
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One map that acts on a range of a node's last axis."""
+    """One map that acts on a range of a node's last axis, and whether it already has."""
 
     name: str
+    done: bool = True
     repeat: int = 1
     start: int = 0
     stop: int | None = None
@@ -36,12 +38,9 @@ class _Wanted:
 
 @torch.no_grad()
 def map_inputs(program: Program, batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By map name, rows (n, channels of the map) of what it acts on, untransformed.
-
-    Query heads that share one block of a map count as rows of their own.
-    """
+    """By map name, rows (n, channels) of what it acts on, untransformed."""
     wanted: dict[Node, list[_Wanted]] = {}
-    for node, want in (*_linear_inputs(program), *_keys(program)):
+    for node, want in dict.fromkeys((*_linear_inputs(program), *_keys(program))):
         wanted.setdefault(node, []).append(want)
     found: dict[str, list[Tensor]] = {}
 
@@ -50,9 +49,9 @@ def map_inputs(program: Program, batches: Sequence[Tensor]) -> dict[str, Tensor]
         for want in wanted.get(node, ()):
             rows = value[..., want.start : want.stop].flatten(0, -2)
             rows = rows[:: max(1, rows.shape[0] * len(batches) // ROWS)]
-            undone = program.maps[want.name].right_inverse(rows, want.repeat)
-            kept = found.setdefault(want.name, [])
-            kept.append(_heads_as_rows(program, want.name, undone, want.repeat))
+            if want.done:
+                rows = program.maps[want.name].right_inverse(rows, want.repeat)
+            found.setdefault(want.name, []).append(rows)
         return value
 
     runner = BlockRunner(program, batches)
@@ -61,15 +60,8 @@ def map_inputs(program: Program, batches: Sequence[Tensor]) -> dict[str, Tensor]
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
-def _heads_as_rows(program: Program, name: str, rows: Tensor, repeat: int) -> Tensor:
-    """(n, blocks · repeat · block) -> (n · repeat, blocks · block)."""
-    transform = program.maps[name]
-    split = rows.reshape(-1, transform.blocks, repeat, transform.block)
-    return split.transpose(1, 2).reshape(-1, transform.size)
-
-
 def _linear_inputs(program: Program) -> Iterator[tuple[Node, _Wanted]]:
-    """For every trainable map of one site with an IN port, the value that its linear reads."""
+    """For every linear the first trainable map of one site in front, and what it acts on."""
     names = {id(transform): name for name, transform in program.maps.items()}
     plan = chains(program)
     for node in program.call_nodes(torch.ops.aten.linear.default):
@@ -82,15 +74,22 @@ def _linear_inputs(program: Program) -> Iterator[tuple[Node, _Wanted]]:
                 continue
             name = names[id(edge.transform)]
             if name != "residual" and edge.transform.has_parameters:
-                yield _before_online(source), _Wanted(name, edge.port.repeat)
+                place, done = _in_front(program, source, edge.transform)
+                yield place, _Wanted(name, done, edge.port.repeat)
+                break
 
 
-def _before_online(node: Node) -> Node:
-    """What an online map reads, where `node` is one; its inverse stands in the weight."""
-    while node.op == "call_module" and str(node.target).startswith("online."):
+def _in_front(program: Program, node: Node, transform: Map) -> tuple[Node, bool]:
+    """What the online maps before a linear read, up to `transform` if it is one of them.
+
+    Also whether the value is already transformed, as it is by a map that is merged.
+    """
+    while is_online(program, node):
         source = input_node(node)
+        if online_map(program, node) is transform:
+            return source, False
         node = source
-    return node
+    return node, True
 
 
 def _keys(program: Program) -> Iterator[tuple[Node, _Wanted]]:
@@ -98,4 +97,7 @@ def _keys(program: Program) -> Iterator[tuple[Node, _Wanted]]:
     for site in program.sites.attention:
         name = f"prerope.{site.name}"
         if name in program.maps and site.k is not None:
-            yield program.node(site.k.node), _Wanted(name, 1, site.k.start, site.k.stop)
+            yield (
+                program.node(site.k.node),
+                _Wanted(name, start=site.k.start, stop=site.k.stop),
+            )

@@ -6,7 +6,8 @@ The rotation of the residual stream is read by every weight; it is optimised fir
 attention and MLP by itself. A map acts along one axis of a weight, and every vector along that
 axis is one sample of what it does: the norms are taken over a fixed random sample of VECTORS of
 them, so that a step costs the same for a wide model as for a narrow one. With calibration
-activations their norms are added: what enters each quantiser counts like one more weight.
+activations their norms are added: what enters each quantiser counts like one more weight. A map
+whose other side is in no weight is trained with them only: weights alone would shrink to nothing.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ def optimize_locally(
     """
     if steps == 0:
         return {}
-    groups = _groups(program)
+    plan = chains(program)
+    groups = _groups(program, plan, weights_alone=not activations)
     residual = program.maps.get("residual")
     train_residual = residual_learned and residual is not None
     progress.start("local optimisation", len(groups) + int(train_residual))
     curves: Curves = {}
-    plan = chains(program)
     if train_residual:
         assert residual is not None
         curves["residual"] = _train_residual(
@@ -99,12 +100,18 @@ def optimize_locally(
     return curves
 
 
-def _groups(program: Program) -> dict[str, list[str]]:
+def _groups(
+    program: Program, plan: Mapping[str, list[Edge]], *, weights_alone: bool
+) -> dict[str, list[str]]:
     """The trainable maps by site: `value.X` and `prerope.X` share the weights of one attention."""
+    edges = [e for chain in plan.values() for e in chain if isinstance(e, WeightEdge)]
+    writing = {e.transform for e in edges if e.port.side is Side.OUT}
     groups: dict[str, list[str]] = {}
     for name, transform in program.maps.items():
         kind, _, site = name.partition(".")
-        if kind != "residual" and transform.has_parameters:
+        if kind == "residual" or not transform.has_parameters:
+            continue
+        if transform in writing or not weights_alone:
             groups.setdefault(site, []).append(name)
     return groups
 
@@ -197,7 +204,9 @@ def _train_site(
         with torch.no_grad():
             start = _apply(constant, weight).detach()
         terms.append((_sampled(start, moving, generator), moving))
-    inputs = [(_entering(program, n), activations[n]) for n in names if n in activations]
+    inputs = [
+        (_entering(plan, program.maps[n]), activations[n]) for n in names if n in activations
+    ]
     optimizer = torch.optim.AdamW(maps.parameters(), lr=learning_rate, weight_decay=0.0)
     curve = []
     for _ in range(steps):
@@ -210,14 +219,21 @@ def _train_site(
     return curve
 
 
-def _entering(program: Program, name: str) -> Callable[[Tensor], Tensor]:
-    """From what a map reads to what the quantiser behind it sees, an online map included."""
-    site = name.partition(".")[2]
-    online = program.maps.get(f"hadamard.{site}") if name.startswith("updown.") else None
-    transform = program.maps[name]
-    if online is None:
-        return transform.right
-    return lambda x: online.right(transform.right(x))
+def _entering(plan: Mapping[str, list[Edge]], transform: Map) -> Callable[[Tensor], Tensor]:
+    """From what a map reads to what the quantiser behind it sees, the maps between included."""
+    for chain in plan.values():
+        reading = [e for e in chain if isinstance(e, WeightEdge) and e.port.side is Side.IN]
+        mine = next((i for i, e in enumerate(reading) if e.transform is transform), None)
+        if mine is not None:
+            return lambda x: _through(reading[mine:], x)
+    return transform.right
+
+
+def _through(edges: Sequence[WeightEdge], x: Tensor) -> Tensor:
+    """The activation that a weight reads behind these maps."""
+    for edge in edges:
+        x = edge.transform.right(x, edge.port.repeat)
+    return x
 
 
 def _sampled(weight: Tensor, edges: Sequence[Edge], generator: torch.Generator) -> Tensor:

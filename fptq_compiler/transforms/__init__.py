@@ -6,6 +6,7 @@ from fptq_compiler.transforms.affine import Affine
 from fptq_compiler.transforms.compose import Compose
 from fptq_compiler.transforms.dense import DenseBlocks, shared_evaluation
 from fptq_compiler.transforms.diagonal import Diagonal
+from fptq_compiler.transforms.factored import Factored, factored
 from fptq_compiler.transforms.hadamard import Hadamard, random_signs
 from fptq_compiler.transforms.hadamard_factors import factors, has_hadamard
 from fptq_compiler.transforms.identity import Identity
@@ -20,6 +21,7 @@ __all__ = [
     "Compose",
     "DenseBlocks",
     "Diagonal",
+    "Factored",
     "Hadamard",
     "Identity",
     "Kronecker",
@@ -29,6 +31,7 @@ __all__ = [
     "Rotation",
     "Side",
     "apply",
+    "factored",
     "factors",
     "has_hadamard",
     "random_signs",

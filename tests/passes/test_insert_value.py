@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fptq_compiler.passes.insert_transforms import InsertValue
 from fptq_compiler.transforms import Affine
 from tests.passes.steps import EXACT, ONE, assert_settled, change, pick, run, with_sites
@@ -39,6 +41,20 @@ def test_numbers() -> None:
     packed = ToyConfig(layers=1, packed_qkv="slice", attention_bias=True)
     for config in (ONE, packed, ToyConfig(layers=1, kv_heads=4)):
         assert change(with_sites(config), InsertValue(1)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("affine", "Affine 2 x 8"), ("rotation", "Rotation 2 x 8"),
+     ("hadamard", "block diagonal, 2 blocks of 8 Hadamard")],
+)
+def test_what_the_map_may_become(kind: str, words: str) -> None:
+    program = with_sites(ONE)
+    assert change(program, InsertValue(1, kind)) < EXACT
+    transform = program.maps[NAME]
+    assert transform.describe() == words
+    start = transform.matrix()[:8, :8]
+    assert (start.abs() - 8**-0.5).abs().max() < 1e-12  # float64: a Hadamard of every head
 
 
 def test_near_miss() -> None:

@@ -98,7 +98,7 @@ def test_inputs_of_maps_are_those_without_the_transform(program: Program) -> Non
     with off_identity(program, 3):
         moved = map_inputs(program, [ids])
     for name, rows in plain.items():
-        assert rows.shape[1] == program.maps[name].size
+        assert rows.shape[1] % program.maps[name].size == 0  # query heads share a block
         # float32 through two layers of a toy
         assert (rows - moved[name]).abs().max() <= 1e-4 * rows.abs().max(), name
 

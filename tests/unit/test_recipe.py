@@ -11,6 +11,7 @@ from fptq_compiler.errors import RecipeError
 from fptq_compiler.recipe import (
     BUILT_IN,
     DTYPES,
+    NEIGHBOURS,
     TARGETS,
     TRANSFORMS,
     ActivationsRecipe,
@@ -28,7 +29,7 @@ POWERS = st.floats(1.0, 8.0)
 BITS = st.builds(Bits, WIDTHS, WIDTHS, WIDTHS)
 DEMANDED = st.builds(
     TransformsRecipe,
-    names=st.lists(st.sampled_from(TRANSFORMS), unique=True).map(tuple),
+    names=st.lists(st.sampled_from((*TRANSFORMS, *NEIGHBOURS)), unique=True).map(tuple),
     where_possible=st.booleans(),
     scaling_places=st.sampled_from([(), ("o_proj",), ("down_proj", "o_proj")]),
     residual_learned=st.booleans(),
@@ -89,6 +90,8 @@ def test_the_default_recipe_reads_as_written() -> None:
         "where_possible = true\n"
         'scaling_places = ["down_proj"]\n'
         "residual_learned = true\n"
+        'value_map = "affine"\n'
+        "smooth_alpha = 0.85\n"
         'hadamard_block = "auto"\n'
         "choose = false\n"
         "trial_steps = 20\n"
@@ -180,6 +183,8 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nnames = [1]", "expected a list of strings"),
         ("[transforms]\nwhere_possible = false", "'auto' takes each transform where it applies"),
         ("[transforms]\nscaling_places = ['v_proj']", "expected one of down_proj, o_proj"),
+        ("[transforms]\nvalue_map = 'rotations'", "did you mean 'rotation'?"),
+        ("[transforms]\nsmooth_alpha = 1.5", r"transforms\.smooth_alpha is 1\.5, expected 0 to 1"),
         ("[transforms]\nhadamard_block = 48", "expected one of 0, 16, 32, 64, 128, 256, 512"),
         ("[transforms]\nhadamard_block = 'all'", "expected 'auto' or a whole number"),
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
@@ -204,7 +209,12 @@ def test_built_in_recipes_have_their_own_names() -> None:
         assert load_recipe(name) is recipe
         assert recipe.name == name
     assert load_recipe("rtn").transforms.candidates == ()
-    assert load_recipe("quarot-static").local.steps == 0
+    assert Recipe().transforms.candidates == TRANSFORMS  # "auto" is FPTQuant's own six
+    assert load_recipe("smoothquant").transforms.candidates == ("smooth",)
+    for name in ("quarot", "quarot-static"):
+        assert load_recipe(name).local.steps == 0
+        assert not load_recipe(name).transforms.residual_learned
+    assert load_recipe("spinquant").transforms.value_map == "rotation"
 
 
 def test_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
