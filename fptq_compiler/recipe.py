@@ -306,6 +306,13 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
             value_map="rotation", hadamard_block=0,
         ),
     ),
+    "flatquant": Recipe(
+        name="flatquant",
+        transforms=TransformsRecipe(
+            names=("value", "updown", "smooth", "keys", "kronecker"), where_possible=False,
+        ),
+        local=LocalRecipe(objective="activations"),
+    ),
     "quarot-static": Recipe(
         name="quarot-static",
         transforms=TransformsRecipe(

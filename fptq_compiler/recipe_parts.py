@@ -18,9 +18,10 @@ from fptq_compiler.errors import RecipeError
 TRANSFORMS: Final = ("residual", "prerope", "value", "updown", "hadamard", "scaling")
 """The six transforms of FPTQuant: T_r, T_k, T_v, T_u, T_d, S_n."""
 
-NEIGHBOURS: Final = ("smooth", "heads", "keys")
+NEIGHBOURS: Final = ("smooth", "heads", "keys", "kronecker")
 """What other methods insert, never by "auto": SmoothQuant's scale between norms and linears;
-QuaRot's Hadamards across the heads in front of o_proj, and of queries and keys behind RoPE."""
+QuaRot's Hadamards across the heads in front of o_proj, and of queries and keys behind RoPE;
+FlatQuant's Kronecker products in front of linears."""
 
 VALUE_MAPS: Final = ("affine", "rotation", "hadamard")
 

@@ -122,6 +122,7 @@ class Report:
         stages: in the order in which they ended.
         curves: loss by step, for each optimisation.
         preserved: relative error of the logits in float64 after each pass that preserves them.
+        online_operations: multiply-adds a token of all maps that are computed at run time.
         sqnr: signal-to-noise ratio in dB of every quantiser, by parameter or node name.
         audit: the written file's tensors, by kind.
         size_before: bytes of the parameters as they were read.
@@ -142,6 +143,7 @@ class Report:
     stages: list[StageRow] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     preserved: dict[str, float] = field(default_factory=dict)
+    online_operations: int = 0
     sqnr: dict[str, float] = field(default_factory=dict)
     audit: list[AuditRow] = field(default_factory=list)
     size_before: int = 0

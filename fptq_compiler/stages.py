@@ -40,7 +40,7 @@ from fptq_compiler.passes.carry_epsilon import CarryEpsilon
 from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.drop_inputs import DropInputs
 from fptq_compiler.passes.fold_transforms import FoldTransforms
-from fptq_compiler.passes.freeze_online import FreezeOnline
+from fptq_compiler.passes.freeze_online import FreezeOnline, online_operations
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.pack_projections import PackProjections
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
@@ -195,6 +195,7 @@ def transform(
         if target_of(recipe.target).epsilon_channel and program.maps.get("residual") not in maps:
             folding.append(CarryEpsilon())
         _run(program, tuple(folding), verifier, dump_dir)
+        report.online_operations = online_operations(program)
     if verifier is not None:
         report.preserved.update(verifier.errors)
     return Untrained(original, program.copy(), maps) if original is not None else None

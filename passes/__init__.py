@@ -20,6 +20,7 @@ from fptq_compiler.passes.fold_constants import FoldConstants
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.insert_heads import InsertHeads
 from fptq_compiler.passes.insert_keys import InsertKeys
+from fptq_compiler.passes.insert_kronecker import InsertKronecker
 from fptq_compiler.passes.insert_smooth import InsertSmooth
 from fptq_compiler.passes.insert_transforms import (
     InsertHadamard,
@@ -84,4 +85,6 @@ def insertion(
         steps.append(InsertResidual(seed))
     if "smooth" in transforms:
         steps.append(InsertSmooth())
+    if "kronecker" in transforms:
+        steps.append(InsertKronecker(seed))
     return tuple(steps)

@@ -58,6 +58,18 @@ def mixed(size: int, orders: Sequence[int]) -> Tensor:
     return index.permute(0, *axes).reshape(size)
 
 
+def online_operations(program: Program) -> int:
+    """Multiply-adds a token of everything that `mix` computes."""
+    total = 0
+    for node in program.call_nodes(mix):
+        shape = input_node(node).meta["val"].shape
+        channels = int(shape[-1]) * (int(shape[1]) if len(shape) == 4 else 1)
+        scale, *factors = node.args[1:]
+        orders = [f.meta["val"].shape[0] for f in factors if isinstance(f, Node)]
+        total += channels * (sum(orders) + (scale is not None))
+    return total
+
+
 class FreezeOnline(Pass):
     """Replace online edges by their arithmetic on shared parameters."""
 

@@ -10,7 +10,7 @@ import pytest
 from fptq_compiler.recipe import BUILT_IN, Bits, CacheRecipe, Recipe
 from tests.compiling import QUICK, SMALL, compile_toy
 
-RECIPES = ("smoothquant", "quarot", "spinquant")
+RECIPES = ("smoothquant", "quarot", "spinquant", "flatquant")
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 

@@ -215,6 +215,9 @@ def test_built_in_recipes_have_their_own_names() -> None:
         assert load_recipe(name).local.steps == 0
         assert not load_recipe(name).transforms.residual_learned
     assert load_recipe("spinquant").transforms.value_map == "rotation"
+    assert load_recipe("flatquant").transforms.candidates == (
+        "value", "updown", "smooth", "keys", "kronecker",
+    )
 
 
 def test_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:

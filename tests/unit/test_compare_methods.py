@@ -1,0 +1,78 @@
+"""The table of methods: what it holds, how it looks, and that a stopped run goes on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fptq_compiler.bench.result import Memory
+from fptq_compiler.recipe import BUILT_IN
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("compare_methods")
+
+
+def test_its_recipes_are_built_in(tool: Any) -> None:
+    assert set(tool.RECIPES.split(",")) <= set(BUILT_IN)
+
+
+def test_finished_cells_are_kept_for_the_same_settings(tool: Any, tmp_path: Path) -> None:
+    path, made = tmp_path / "methods.json", []
+
+    def make() -> dict[str, float]:
+        made.append(len(made))
+        return {"perplexity": float(len(made))}
+
+    for _ in range(2):
+        results = tool.Results(path, {"tokens": 64})
+        assert results.find("rtn", "4-8-8", make) == {"perplexity": 1.0}
+    assert len(made) == 1
+    assert tool.Results(path, {"tokens": 128}).find("rtn", "4-8-8", make) == {"perplexity": 2.0}
+    assert json.loads(path.read_text())["settings"] == {"tokens": 128}
+
+
+def test_the_whole_table(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+
+    def measure(model: Path, calibration: Path, folder: Path, bits: str, options: str) -> Any:
+        commands.append(f"{bits} {options}")
+        stage = {"seconds": 2.0, "peak_rss_mb": 1200.0, "peak_anonymous_mb": 900.0}
+        return {
+            "stages": [stage], "online_operations": 4608, "size_after": 7e6,
+            "processor_seconds": 3.0, "half_precision": 0, "block": 0,
+        }
+
+    found = type("Found", (), {"perplexity": 1234.56})
+    monkeypatch.setattr(tool, "measure", measure)
+    monkeypatch.setattr(tool, "measure_memory", lambda file, settings: Memory(1, 5_000_000))
+    monkeypatch.setattr(tool, "read_model_file", lambda path: path)
+    monkeypatch.setattr(tool, "open_model", lambda path, **_: (None, None))
+    monkeypatch.setattr(tool, "load_tokenizer", lambda path: path)
+    monkeypatch.setattr(tool, "token_stream", lambda *_: None)
+    monkeypatch.setattr(tool, "perplexity", lambda *_: found)
+    for name in ("m.gguf", "t.txt", "c.txt"):
+        (tmp_path / name).touch()
+    arguments = [
+        str(tmp_path / "m.gguf"), "--text", str(tmp_path / "t.txt"), "--calibration",
+        str(tmp_path / "c.txt"), "--folder", str(tmp_path / "out"), "--recipes", "rtn,quarot",
+        "--bits", "4-4-4", "--options", "--steps 100",
+    ]
+    done = CliRunner().invoke(tool.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert commands == ["4-4-4 --recipe rtn --steps 100", "4-4-4 --recipe quarot --steps 100"]
+    rows = (tmp_path / "out" / "methods.md").read_text().splitlines()
+    assert rows[1] == "|---|---|---|---|---|---|---|---|"
+    assert rows[2] == "| original | 16-16-16 | 1,234.6 |  |  |  |  |  |"
+    assert rows[4] == "| quarot | 4-4-4 | 1,234.6 | 2 | 1,200 | 5 | 4,608 | 7 |"

@@ -1,0 +1,150 @@
+"""FPTQuant and its neighbours side by side: accuracy, time, memory, size, work at run time.
+
+    python3 tools/compare_methods.py MODEL --text FILE --calibration FILE --folder DIR
+
+Every recipe is compiled at every setting by the command in a process of its own, and the file's
+perplexity measured through ONNX Runtime. DIR gets methods.json and methods.md, and after a stop
+the same command goes on there: what is finished for the same settings is not done again. Further
+words for fptq-compile go in one string, as in --options "--samples 16".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from benchmark_compile import measure, totals
+
+from fptq_compiler.bench.memory import measure_memory
+from fptq_compiler.bench.result import Settings
+from fptq_compiler.cli.console import listening
+from fptq_compiler.cli.evaluate import open_model
+from fptq_compiler.perplexity import perplexity
+from fptq_compiler.recipe import BUILT_IN
+from fptq_compiler.report import write_text_whole
+from fptq_compiler.runtime.model_file import read_model_file
+from fptq_compiler.text import load_tokenizer, token_stream
+
+RECIPES = "rtn,smoothquant,quarot,spinquant,flatquant,fptquant-local"
+ORIGINAL = "original"
+COLUMNS = {
+    "perplexity": "perplexity",
+    "seconds": "seconds to compile",
+    "compile_mb": "peak while compiling, MB",
+    "session_mb": "peak of a session, MB",
+    "online": "online multiply-adds a token",
+    "file_mb": "file, MB",
+}
+Cell = dict[str, float]
+
+
+class Results:
+    """Finished cells by recipe and bits, kept in a JSON file for one set of settings."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Take up what the file has for the same settings."""
+        self._path, self._settings = path, dict(settings)
+        self.cells: dict[str, Cell] = {}
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.cells = kept["cells"] if kept["settings"] == self._settings else {}
+
+    def find(self, recipe: str, bits: str, make: Callable[[], Cell]) -> Cell:
+        """The cell, made and written if it is not finished."""
+        name = f"{recipe} {bits}"
+        if name not in self.cells:
+            self.cells[name] = make()
+            content = {"settings": self._settings, "cells": self.cells}
+            write_text_whole(self._path, json.dumps(content, indent=1) + "\n")
+        return self.cells[name]
+
+
+def table(cells: Mapping[str, Cell]) -> str:
+    """Markdown: a row for each recipe and setting."""
+    lines = [
+        "| recipe | bits W-A-KV | " + " | ".join(COLUMNS.values()) + " |",
+        "|---" * (2 + len(COLUMNS)) + "|",
+    ]
+    for name, cell in cells.items():
+        figures = [_figure(key, cell.get(key)) for key in COLUMNS]
+        lines.append("| " + " | ".join([*name.split(" "), *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.1f}" if key == "perplexity" else f"{value:,.0f}"
+
+
+def compiled(
+    model: Path, calibration: Path, folder: Path, recipe: str, bits: str, options: str
+) -> Cell:
+    """What one compilation costs and gives, without its perplexity; the file is out.onnx."""
+    report = measure(model, calibration, folder, bits, f"--recipe {recipe} {options}")
+    used = totals(report)
+    memory = measure_memory(read_model_file(folder / "out.onnx"), Settings(threads=1))
+    cell = {
+        "seconds": used["seconds"],
+        "compile_mb": used["peak, MB"],
+        "online": float(report["online_operations"]),
+        "file_mb": used["file, MB"],
+    }
+    return cell if memory is None else {**cell, "session_mb": memory.peak / 1e6}
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--text", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--calibration", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--folder", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--recipes", default=RECIPES, show_default=True, help=f"Of {', '.join(BUILT_IN)}, or files."
+)
+@click.option("--bits", default="4-8-8,4-4-4", show_default=True)
+@click.option("--options", default="", help="Further words for fptq-compile, in one string.")
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path))
+@click.option("--window", default=512, show_default=True)
+@click.option("--tokens", default=4096, show_default=True)
+def main(
+    model: Path, text: Path, calibration: Path, folder: Path, recipes: str, bits: str,
+    options: str, tokenizer: Path | None, window: int, tokens: int,
+) -> None:
+    """Fill the table, print it and keep it in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": model.name, "text": text.name, "calibration": calibration.name,
+        "options": options, "window": window, "tokens": tokens,
+    }
+    results = Results(folder / "methods.json", settings)
+    stream = token_stream(text, load_tokenizer(tokenizer or model), tokens)
+
+    def read(path: Path) -> float:
+        logits, _ = open_model(path, trust_pickle=False, threads=1)
+        return perplexity(logits, stream, window, tokens).perplexity
+
+    def cell(recipe: str, setting: str) -> Cell:
+        if recipe == ORIGINAL:
+            return {"perplexity": read(model)}
+        found = compiled(model, calibration, folder, recipe, setting, options)
+        return {"perplexity": read(folder / "out.onnx"), **found}
+
+    wanted = [(ORIGINAL, "16-16-16")]
+    wanted += [(r, b) for r in recipes.split(",") for b in bits.split(",")]
+    with listening(0) as progress:
+        progress.start("methods", len(wanted))
+        for recipe, setting in wanted:
+            results.find(recipe, setting, partial(cell, recipe, setting))
+            progress.advance(1, f"{recipe} at {setting}")
+        progress.done()
+    words = table({f"{r} {s}": results.cells[f"{r} {s}"] for r, s in wanted})
+    write_text_whole(folder / "methods.md", words)
+    click.echo(words)
+
+
+if __name__ == "__main__":
+    main()
