@@ -29,7 +29,7 @@ from fptq_compiler.report import write_text_whole
 from fptq_compiler.runtime.model_file import read_model_file
 from fptq_compiler.text import load_tokenizer, token_stream
 
-RECIPES = "rtn,smoothquant,quarot,spinquant,flatquant,fptquant-local"
+RECIPES = "rtn,rtn-trained,smoothquant,quarot,spinquant,flatquant,fptquant-local,fptquant"
 ORIGINAL = "original"
 COLUMNS = {
     "perplexity": "perplexity",
