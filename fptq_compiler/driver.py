@@ -32,10 +32,12 @@ from fptq_compiler.inspection import ExportCost, Inspection
 from fptq_compiler.lower import lower
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.write import staging
+from fptq_compiler.measurements import Measurements
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report, StageRow, collect_versions
+from fptq_compiler.report_page.write import check_reports, write_report
 from fptq_compiler.runtime.session_file import SessionFile
 from fptq_compiler.stage_clock import StageClock
 from fptq_compiler.stages import (
@@ -58,6 +60,9 @@ from fptq_compiler.work import WorkFolder
 class Options:
     """What a compilation needs beside its recipe: where things lie and how much is allowed.
 
+    Each of `reports` ends with .html or .json; with `quick_report` they leave out what needs
+    further runs of the model.
+
     `reference` is where the frozen program's logits are written, with the token ids that they
     belong to, as an .npz: a file can then be compared on a machine that has no torch.
     """
@@ -67,7 +72,8 @@ class Options:
     tokenizer: Path | None = None
     device: str = "cpu"
     work_dir: Path | None = None
-    report: Path | None = None
+    reports: tuple[Path, ...] = ()
+    quick_report: bool = False
     dump_dir: Path | None = None
     force: bool = False
     trust_pickle: bool = False
@@ -82,6 +88,7 @@ def compile_file(model: Path, output: Path, options: Options, progress: Progress
         FptqError: whatever is the user's to mend; see `fptq_compiler.errors`.
     """
     float_type_of(options.recipe)
+    check_reports(options.reports)
     report = _new_report(model.name, options.recipe)
     with staging(output) as folder:
         with report.stage("capture"):
@@ -118,6 +125,7 @@ def compile_model(
     """
     options = options or Options()
     float_type_of(options.recipe)
+    check_reports(options.reports)
     report = _new_report(type(model).__name__, options.recipe)
     with report.stage("capture"):
         source = _take(capture(model, example_inputs=example_inputs), options.recipe, None)
@@ -180,16 +188,24 @@ def _compile(
     if rows is not None and ids is not None and recipe.transforms.choose:
         recipe = choose_transforms(program, recipe, ids, rows, report, progress)
         report.recipe = recipe.to_toml()
+    measured = ids is not None and bool(options.reports) and not options.quick_report
     untrained = transform(
-        program, recipe, ids, report, progress, work=work, dump_dir=options.dump_dir
+        program, recipe, ids, report, progress, work=work, measured=measured,
+        dump_dir=options.dump_dir,
     )
     training = None
     if rows is not None and untrained is not None:
         training = TrainingStage(
             untrained.original, untrained.transformed, untrained.maps, rows, work
         )
+    measurements = None
+    if measured and ids is not None and untrained is not None:
+        measurements = Measurements(
+            untrained.original, untrained.transformed, ids, recipe, report, progress
+        )
     quantize(
-        program, recipe, ids, report, progress, training=training, dump_dir=options.dump_dir
+        program, recipe, ids, report, progress, training=training, measurements=measurements,
+        dump_dir=options.dump_dir,
     )
     program.move("cpu")
     language = source.language
@@ -207,8 +223,8 @@ def _compile(
         np.savez(options.reference, ids=probe.numpy(), logits=program.run(probe).numpy())
     lower(program, output, recipe, report, probe=probe,
           force=options.force, language=language, progress=progress)
-    if options.report is not None:
-        report.write(options.report)
+    for path in options.reports:
+        write_report(report, path)
     return report
 
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from fptq_compiler.errors import LoweringError
+from fptq_compiler.errors import LoweringError, RecipeError
 from fptq_compiler.inspection import Unrecognised
 from fptq_compiler.stage_clock import StageClock
 
 __all__ = [
     "AuditRow",
+    "Histogram",
     "Report",
     "SiteRow",
     "StageClock",
     "StageRow",
+    "check_new_file",
     "collect_versions",
     "write_text_whole",
 ]
@@ -107,6 +109,29 @@ class AuditRow:
         return self.requested == self.written
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """How the values that enter a linear layer are spread.
+
+    Attributes:
+        low, high: the least and largest value; the bins between them are equally wide.
+        counts: values in each bin.
+        rms: the root of their mean square.
+        kurtosis: E[(x - E x)⁴] / Var(x)², 3 for a normal distribution.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    rms: float
+    kurtosis: float
+
+    @property
+    def peak(self) -> float:
+        """The largest magnitude over the root of the mean square; 0 where all values are 0."""
+        return max(-self.low, self.high) / self.rms if self.rms > 0.0 else 0.0
+
+
 @dataclass
 class Report:
     """Everything worth knowing about one compilation.
@@ -124,6 +149,12 @@ class Report:
         preserved: relative error of the logits in float64 after each pass that preserves them.
         online_operations: multiply-adds a token of all maps that are computed at run time.
         sqnr: signal-to-noise ratio in dB of every quantiser, by parameter or node name.
+        sqnr_stages: the same by stage and place (`weight of`, `input of`, `keys of`, `values of`
+            a layer), plain rounding first; empty unless measured.
+        histograms: by place and stage, where plain rounding meets the heaviest tails; empty
+            unless measured.
+        sensitivity: by block, the Jensen-Shannon divergence in nats a token when that block
+            alone is quantised; empty unless measured.
         audit: the written file's tensors, by kind.
         size_before: bytes of the parameters as they were read.
         size_after: bytes of the written file, external data included.
@@ -145,6 +176,9 @@ class Report:
     preserved: dict[str, float] = field(default_factory=dict)
     online_operations: int = 0
     sqnr: dict[str, float] = field(default_factory=dict)
+    sqnr_stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    histograms: dict[str, dict[str, Histogram]] = field(default_factory=dict)
+    sensitivity: dict[str, float] = field(default_factory=dict)
     audit: list[AuditRow] = field(default_factory=list)
     size_before: int = 0
     size_after: int = 0
@@ -168,6 +202,20 @@ class Report:
             LoweringError: the file cannot be written.
         """
         write_text_whole(path, self.to_json() + "\n")
+
+
+def check_new_file(option: str, path: Path, endings: Collection[str]) -> None:
+    """Refuse a file name of another ending than an option knows, before any work is done.
+
+    Raises:
+        RecipeError: another ending, or a folder that is not there.
+    """
+    if path.suffix.lower() not in endings:
+        message = f"{option} {path}: expected a name that ends with {' or '.join(endings)}"
+        raise RecipeError(message)
+    if not path.parent.is_dir():
+        message = f"{option} {path}: there is no folder {path.parent}"
+        raise RecipeError(message)
 
 
 def write_text_whole(path: Path, text: str) -> None:

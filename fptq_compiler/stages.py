@@ -23,6 +23,7 @@ from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.graph.verify import Verifier, must_preserve
 from fptq_compiler.language_model import refuse_fixed_sizes, refuse_inputs, refuse_outputs
 from fptq_compiler.lower.targets import float_type_of, target_of
+from fptq_compiler.measurements import TRAINED, TRANSFORMED, Measurements
 from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.optimize.calibrate import (
     Calibration,
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Untrained:
-    """What `transform` leaves to the end-to-end stage.
+    """What `transform` leaves to the end-to-end stage and the measurements.
 
     Attributes:
         original: the model as captured, its sites found.
@@ -141,6 +142,7 @@ def transform(
     progress: Progress,
     *,
     work: WorkFolder | None = None,
+    measured: bool = False,
     dump_dir: Path | None = None,
 ) -> Untrained | None:
     """From capture to folded weights: sites, transforms, local optimisation, fold.
@@ -154,10 +156,11 @@ def transform(
         report: gets stages, curves and the errors that verification measured.
         progress: listens.
         work: keeps trained transforms, for a run that goes on.
+        measured: whether the result is to be measured for the report.
         dump_dir: an existing folder for the graph after each pass.
 
     Returns:
-        What the end-to-end stage needs, where there is one.
+        What the end-to-end stage and the measurements need, where there are any.
     """
     verifier: Verifier | None = None
     with report.stage("find sites"):
@@ -173,7 +176,7 @@ def transform(
             logger.warning("not recognised: %s", ", ".join(places))
         demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
         refuse_unrecognised(demanded, report.unrecognised)
-    original = program.copy() if recipe.trains else None
+    original = program.copy() if recipe.trains or measured else None
     with report.stage("insert transforms"):
         steps = insertion(
             recipe.transforms.candidates,
@@ -209,6 +212,7 @@ def quantize(
     progress: Progress,
     *,
     training: TrainingStage | None = None,
+    measurements: Measurements | None = None,
     dump_dir: Path | None = None,
 ) -> None:
     """From folded weights to the frozen integer program: quantisers, ranges, training, codes.
@@ -220,6 +224,7 @@ def quantize(
         report: gets the stage, signal-to-noise ratios and decisions.
         progress: listens.
         training: the end-to-end stage; None leaves it out.
+        measurements: looks at the program between the stages, for the report.
         dump_dir: an existing folder for the graph after each pass.
     """
     batches = [] if ids is None else [row.unsqueeze(0) for row in ids]
@@ -250,12 +255,19 @@ def quantize(
             report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
         program.facts.add("calibrated")
         _run(program, tuple(steps), None, dump_dir)
+    if measurements is not None:
+        measurements.plain(quantizer_placement(recipe))
+        measurements.signal(program, TRANSFORMED)
     if training is not None:
         with report.stage("end-to-end training"):
             training.run(program, recipe, report, progress)
         _run(program, (FoldTransforms(),), None, dump_dir)
         if rounds:
             _round(program, recipe, batches, Calibration(), report, progress)
+        if measurements is not None:
+            measurements.signal(program, TRAINED)
+    if measurements is not None:
+        measurements.sensitivity(program)
     with report.stage("freeze"):
         steps = [FreezeQuantizers()]
         float_type = float_type_of(recipe)

@@ -86,7 +86,8 @@ def measure(model: Path, calibration: Path, folder: Path, bits: str, options: st
     report = folder / "report.json"
     command = [
         sys.executable, "-m", "fptq_compiler", str(model), "-o", str(folder / "out.onnx"),
-        "--bits", bits, "--calibration", str(calibration), "--report", str(report), "-q",
+        "--bits", bits, "--calibration", str(calibration), "--report", str(report),
+        "--quick-report", "-q",
         *shlex.split(options),
     ]
     before = processor_seconds()

@@ -142,7 +142,14 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--work-dir", type=FOLDER, metavar="DIR", help="Keep intermediate results, to resume."
 )
-@click.option("--report", type=NEW_FILE, metavar="FILE.json", help="Write the whole report.")
+@click.option(
+    "--report", type=NEW_FILE, multiple=True, metavar="FILE.html|FILE.json",
+    help="Write the whole report, as a page or as data; may be given twice. It measures signal "
+    "and noise by stage and the sensitivity of the blocks, which takes further runs.",
+)
+@click.option(
+    "--quick-report", is_flag=True, help="Leave out of --report what takes further runs."
+)
 @click.option(
     "--dump-dir", type=FOLDER, metavar="DIR", help="Write the graph after each pass as text."
 )
@@ -192,7 +199,8 @@ def command(
     seed: int | None,
     device: str,
     work_dir: Path | None,
-    report: Path | None,
+    report: tuple[Path, ...],
+    quick_report: bool,
     dump_dir: Path | None,
     trust_pickle: bool,
     example_inputs: Path | None,
@@ -240,7 +248,8 @@ def command(
         tokenizer=tokenizer,
         device=device,
         work_dir=work_dir,
-        report=report,
+        reports=report,
+        quick_report=quick_report,
         dump_dir=dump_dir,
         force=force,
         trust_pickle=trust_pickle,

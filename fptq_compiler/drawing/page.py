@@ -9,8 +9,7 @@ from typing import Final
 
 from fptq_compiler.drawing.scene import BlockScene, Run, Scene
 from fptq_compiler.drawing.svg import draw
-from fptq_compiler.errors import RecipeError
-from fptq_compiler.report import write_text_whole
+from fptq_compiler.report import check_new_file, write_text_whole
 
 STYLE: Final = """
 :root{color-scheme:light dark}
@@ -73,12 +72,7 @@ def check_form(path: Path) -> None:
     Raises:
         RecipeError: another ending, or a folder that is not there.
     """
-    if path.suffix.lower() not in FORMS:
-        message = f"--graph {path}: expected a name that ends with {' or '.join(FORMS)}"
-        raise RecipeError(message)
-    if not path.parent.is_dir():
-        message = f"--graph {path}: there is no folder {path.parent}"
-        raise RecipeError(message)
+    check_new_file("--graph", path, FORMS)
 
 
 def write_drawing(scene: Scene, path: Path) -> None:

@@ -103,6 +103,11 @@ class BlockRunner:
             bind_inputs(program.module, program.arguments(ids), None) for ids in batches
         ]
 
+    def fork(self) -> Environment:
+        """The first batch once more, from here on with values of its own."""
+        self._environments.append(dict(self._environments[0]))
+        return self._environments[-1]
+
     def run_block(self, block: Block, step: Step | None = None) -> None:
         """Run every batch through one block, in order of `self.blocks`."""
         inside = set(block.nodes)

@@ -16,10 +16,11 @@ from torch.fx import Node
 
 from fptq_compiler.graph.blocks import BlockRunner
 from fptq_compiler.graph.edges import transformed
-from fptq_compiler.graph.evaluate import Environment, run_node
+from fptq_compiler.graph.evaluate import Environment
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.memory import return_freed_memory
+from fptq_compiler.optimize.bypass import Bypass
 from fptq_compiler.optimize.pool import one_thread_each
 from fptq_compiler.progress import Progress
 from fptq_compiler.quant.grid import fake_quantize
@@ -78,33 +79,22 @@ class _Collector:
     """A block runner's step: quantisers pass their input on and keep it."""
 
     def __init__(self, program: Program, last: Node | None) -> None:
-        self._program = program
+        self._bypass = Bypass(program)
         self._last = last
-        self._weights = {q.module for q in program.weight_quantizers}
         self._records = {q.module: q for q in program.activation_quantizers}
         self.kept: dict[str, list[Tensor]] = {}
         self.means: dict[Node, list[Tensor]] = {}
 
     def __call__(self, node: Node, environment: Environment) -> object:
-        if node.op == "call_module" and node.target in self._weights:
-            source = input_node(node)
-            return self._load(source, environment)
         if node.op == "call_module" and node.target in self._records:
-            source = input_node(node)
-            value = environment[source]
+            value = environment[input_node(node)]
             self.kept.setdefault(str(node.target), []).append(value.detach())
-            return value
         if node.target is LINEAR:
             source = input_node(node)
             self.means.setdefault(node, []).append(token_mean(environment[source]))
             if node is self._last:
                 return None  # the logits: the largest tensor of all, and nothing reads them
-        return run_node(self._program.module, node, environment, None)
-
-    def _load(self, source: Node, environment: Environment) -> object:
-        if source.op == "get_attr":
-            return self._program.parameter(str(source.target))
-        return environment[source]
+        return self._bypass(node, environment)
 
 
 def token_mean(values: Tensor) -> Tensor:

@@ -126,7 +126,8 @@ def test_compile_passes_everything_on(driver: StubDriver, model: Path) -> None:
     text.write_text("words", encoding="utf-8")
     words = "--bits 4-4-4 --transforms value --samples 3 --sequence-length 64 --verify full"
     words += " --embedding-bits 4 --head-bits 16 --rounding gptq"
-    files = ["--calibration", str(text), "--report", str(model.with_name("r.json"))]
+    reports = (model.with_name("r.json"), model.with_name("r.html"))
+    files = ["--calibration", str(text), "--report", str(reports[0]), "--report", str(reports[1])]
     code = run(
         compile_cli.command,
         compile_words(model, *words.split(), "--seed", "5", "--force", *files),
@@ -142,6 +143,7 @@ def test_compile_passes_everything_on(driver: StubDriver, model: Path) -> None:
     assert (options.recipe.verify, options.recipe.seed) == ("full", 5)
     assert (options.calibration, options.force, options.device) == (text, True, "cpu")
     assert (options.trust_pickle, options.work_dir) == (False, None)
+    assert (options.reports, options.quick_report) == (reports, False)
 
 
 def test_compile_prints_a_summary_and_progress_apart(

@@ -1,0 +1,56 @@
+"""Run a program with quantisers as if it had none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fptq_compiler.graph.evaluate import Environment, run_node
+from fptq_compiler.graph.inputs import input_node
+from fptq_compiler.graph.program import Program
+
+LINEAR = torch.ops.aten.linear.default
+
+
+class Bypass:
+    """A block runner's step: quantisers pass their input on."""
+
+    def __init__(self, program: Program, exact: Program | None = None) -> None:
+        """Take the program and, where its values have changed since, what it was before.
+
+        Args:
+            program: with quantisers; its weights may be rounded, its biases corrected.
+            exact: the same before quantisers were placed, its transforms folded.
+        """
+        self._program = program
+        self._exact = exact or program
+        self._biases = {} if exact is None else _biases(exact)
+        self._quantizers = {q.module for q in program.weight_quantizers}
+        self._quantizers |= {q.module for q in program.activation_quantizers}
+
+    def __call__(self, node: Node, environment: Environment) -> object:
+        """The value of a node whose inputs are in `environment` or are parameters."""
+        if node.op == "call_module" and node.target in self._quantizers:
+            source = input_node(node)
+            if source.op == "get_attr":
+                return self._exact.parameter(str(source.target))
+            return environment[source]
+        instead = {
+            x: self._biases[str(x.target)] for x in node.all_input_nodes
+            if x.op == "get_attr" and x.target in self._biases
+        }
+        return run_node(self._program.module, node, environment | instead, None)
+
+
+def _biases(exact: Program) -> dict[str, Tensor]:
+    """What each linear adds (N,), by the name that its corrected bias has."""
+    found = {}
+    for node in exact.call_nodes(LINEAR):
+        name = str(input_node(node, 1).target)
+        weight = exact.held(name)
+        bias = weight.new_zeros(weight.shape[0], device=exact.device)
+        if len(node.args) > 2 and isinstance(node.args[2], Node):
+            bias = exact.parameter(str(node.args[2].target))
+        found[f"{name}_bias"] = bias
+    return found
