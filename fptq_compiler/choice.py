@@ -19,7 +19,7 @@ from fptq_compiler.recipe_parts import TRANSFORMS
 from fptq_compiler.report import Report
 from fptq_compiler.stages import quantize, transform
 from fptq_compiler.training_stage import TrainingStage
-from fptq_compiler.work import WorkFolder
+from fptq_compiler.work import TrainingFile
 
 PLACES = (("down_proj",), ("o_proj",), ("down_proj", "o_proj"))
 QUICKER = 4  # times fewer local steps in a trial
@@ -108,7 +108,7 @@ def _trial_loss(program: Program, recipe: Recipe, ids: Tensor, rows: Tensor) -> 
     assert untrained is not None
     stage = TrainingStage(
         untrained.original, untrained.transformed, untrained.maps, rows,
-        WorkFolder(None, trial, program),
+        TrainingFile(None),
     )
     quantize(program, trial, ids, report, silent, training=stage)
     return min(report.curves["end to end, held out"])

@@ -33,6 +33,7 @@ from fptq_compiler.lower import lower
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.write import staging
 from fptq_compiler.measurements import Measurements
+from fptq_compiler.optimize.ranks import leave_ranks
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import Recipe
@@ -166,7 +167,7 @@ def _compile(
     tokenizer = options.tokenizer or source.tokenizer
     report.size_before = _parameter_bytes(program)
     vocabulary = vocabulary_of(program)
-    work = WorkFolder(options.work_dir, recipe, program, options.calibration)
+    work = WorkFolder(options.work_dir, recipe, program, options.device)
     if options.dump_dir is not None:
         options.dump_dir.mkdir(parents=True, exist_ok=True)
 
@@ -194,9 +195,10 @@ def _compile(
         dump_dir=options.dump_dir,
     )
     training = None
-    if rows is not None and untrained is not None:
+    if rows is not None and ids is not None and untrained is not None:
         training = TrainingStage(
-            untrained.original, untrained.transformed, untrained.maps, rows, work
+            untrained.original, untrained.transformed, untrained.maps, rows,
+            work.training(ids, rows),
         )
     measurements = None
     if measured and ids is not None and untrained is not None:
@@ -207,6 +209,8 @@ def _compile(
         program, recipe, ids, report, progress, training=training, measurements=measurements,
         dump_dir=options.dump_dir,
     )
+    if not leave_ranks():
+        return report
     program.move("cpu")
     language = source.language
     if recipe.cache.enabled:

@@ -60,6 +60,14 @@ class OptimizationError(FptqError):
     exit_code = 4
 
 
+class RankError(FptqError):
+    """Another process of the same training failed, or is gone; with that one's exit code."""
+
+    def __init__(self, message: str, exit_code: int = FptqError.exit_code) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
 class LoweringError(FptqError):
     """The ONNX file could not be made, or not written."""
 

@@ -424,7 +424,7 @@ def _optimize(
     """Local optimisation, or its result from the work folder."""
     if not program.maps or recipe.local.steps == 0:
         return {}
-    curves = work.load_maps(program) if work is not None else None
+    curves = work.load_maps(program, ids) if work is not None else None
     if curves is None:
         activations = None
         if recipe.local.objective == "activations" and ids is not None:
@@ -440,7 +440,7 @@ def _optimize(
             activations=activations,
         )
         if work is not None:
-            work.save_maps(program, curves)
+            work.save_maps(program, ids, curves)
     return curves
 
 

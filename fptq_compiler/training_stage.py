@@ -15,15 +15,15 @@ from fptq_compiler.graph.stored import held_for_many_runs
 from fptq_compiler.optimize.batches import Batches
 from fptq_compiler.optimize.compute_type import faster_type
 from fptq_compiler.optimize.objective import Objective, objective
+from fptq_compiler.optimize.ranks import rows_of_rank
 from fptq_compiler.optimize.student import Student
 from fptq_compiler.optimize.trainable import Group, trainable
-from fptq_compiler.optimize.training import Plan, train
+from fptq_compiler.optimize.training import Keeper, Plan, train
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
 from fptq_compiler.transforms import Map
 from fptq_compiler.transforms.dense import shared_evaluation
-from fptq_compiler.work import WorkFolder
 
 
 def trained_maps(program: Program, recipe: Recipe) -> tuple[Map, ...]:
@@ -47,14 +47,14 @@ class TrainingStage:
         transformed: with the transforms, whose maps are the program's own, in float.
         maps: what `trained_maps` gave when the others were folded.
         rows: token ids (N, S).
-        work: keeps the state, for a run that goes on.
+        keeper: keeps the state, for a run that goes on.
     """
 
     original: Program
     transformed: Program
     maps: tuple[Map, ...]
     rows: Tensor
-    work: WorkFolder
+    keeper: Keeper
 
     def run(self, program: Program, recipe: Recipe, report: Report, progress: Progress) -> None:
         """Train the maps and ranges of a calibrated program.
@@ -97,7 +97,7 @@ class TrainingStage:
                     chosen.steps, chosen.warmup, chosen.clip, chosen.evaluate_every,
                     chosen.patience,
                 ),
-                objective=goal, keeper=self.work.training(), progress=progress,
+                objective=goal, keeper=self.keeper, progress=progress,
             )
             progress.done()
         if state.seconds:
@@ -126,7 +126,7 @@ def _seconds_of_a_step(
     """How long one step takes, by a step whose gradients are dropped."""
     started = time.perf_counter()
     with shared_evaluation(student.program.module):
-        goal(student, teacher, batches.at(0)).backward()  # type: ignore[no-untyped-call]
+        goal(student, teacher, rows_of_rank(batches.at(0))).backward()  # type: ignore[no-untyped-call]
     for group in groups:
         for parameter in group.parameters.values():
             parameter.grad = None

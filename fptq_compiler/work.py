@@ -1,7 +1,7 @@
 """The work folder: what a stopped compilation had finished, so that the next one goes on there.
 
 Each result carries the fingerprint of the model and the recipe that it belongs to; anything else
-in the folder is left alone and not used.
+in the folder is left alone and not used. Of several ranks the first alone writes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph.program import Program
+from fptq_compiler.optimize.ranks import rank
 from fptq_compiler.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ class WorkFolder:
         folder: Path | None,
         recipe: Recipe,
         program: Program,
-        calibration: Path | None = None,
+        device: str = "cpu",
     ) -> None:
-        """Make the folder; results belong to this recipe, model and calibration file.
+        """Make the folder; results belong to this recipe, model and device.
 
         Raises:
             LoweringError: it cannot be made.
@@ -53,7 +54,7 @@ class WorkFolder:
         except OSError as error:
             message = f"cannot make the work folder {folder}: {error.strerror}"
             raise LoweringError(message) from error
-        self._fingerprint = fingerprint(recipe, program, calibration)
+        self._fingerprint = fingerprint(recipe, program, device)
 
     def load_ids(self) -> Tensor | None:
         """Token ids of an earlier run, or None."""
@@ -75,13 +76,15 @@ class WorkFolder:
             LoweringError: they cannot be written.
         """
         path = self._path("calibration", "npy")
-        if path is not None:
+        if path is not None and rank() == 0:
             with _whole(path) as partial, partial.open("wb") as file:
                 np.save(file, ids.numpy(), allow_pickle=False)
 
-    def load_maps(self, program: Program) -> dict[str, list[float]] | None:
-        """Put trained maps back; gives their learning curves, or None where there are none."""
-        path = self._path("maps", "safetensors")
+    def load_maps(
+        self, program: Program, ids: Tensor | None
+    ) -> dict[str, list[float]] | None:
+        """Put maps trained on these ids back; gives their curves, or None if there are none."""
+        path = self._path("maps", "safetensors", ids)
         if path is None or not path.exists():
             return None
         try:
@@ -98,14 +101,16 @@ class WorkFolder:
         logger.info("trained transforms from %s", path.name)
         return dict(curves)
 
-    def save_maps(self, program: Program, curves: dict[str, list[float]]) -> None:
-        """Keep trained maps and their curves.
+    def save_maps(
+        self, program: Program, ids: Tensor | None, curves: dict[str, list[float]]
+    ) -> None:
+        """Keep maps trained on these ids, and their curves.
 
         Raises:
             LoweringError: they cannot be written.
         """
-        path = self._path("maps", "safetensors")
-        if path is None:
+        path = self._path("maps", "safetensors", ids)
+        if path is None or rank() != 0:
             return
         state = {
             f"{name}/{key}": value.contiguous().clone()
@@ -115,14 +120,25 @@ class WorkFolder:
         with _whole(path) as partial:
             save_file(state, partial, {"curves": json.dumps(curves)})
 
-    def training(self) -> TrainingFile:
-        """Where the state of the end-to-end training is kept."""
-        return TrainingFile(self._path("training", "pt"))
+    def training(self, ids: Tensor, rows: Tensor) -> TrainingFile:
+        """Where the state of the end-to-end training is kept.
 
-    def _path(self, name: str, suffix: str) -> Path | None:
+        Args:
+            ids: calibration tokens.
+            rows: tokens that are trained on.
+        """
+        return TrainingFile(self._path("training", "pt", ids, rows))
+
+    def _path(self, name: str, suffix: str, *tokens: Tensor | None) -> Path | None:
+        """The file of a result; `tokens` are what it also belongs to."""
         if self._folder is None:
             return None
-        return self._folder / f"{name}-{self._fingerprint}.{suffix}"
+        digest = hashlib.sha256(self._fingerprint.encode())
+        for ids in tokens:
+            if ids is not None:
+                digest.update(f"{tuple(ids.shape)}".encode())
+                digest.update(ids.cpu().contiguous().numpy().tobytes())
+        return self._folder / f"{name}-{digest.hexdigest()[:16]}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -136,11 +152,10 @@ class TrainingFile:
         if self.path is None or not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             logger.warning("%s cannot be read (%s); training again", self.path.name, error)
             return None
-        logger.info("training goes on from %s, step %d", self.path.name, state["step"])
         return state
 
     def save(self, state: dict[str, Any]) -> None:
@@ -149,7 +164,7 @@ class TrainingFile:
         Raises:
             LoweringError: it cannot be written.
         """
-        if self.path is not None:
+        if self.path is not None and rank() == 0:
             with _whole(self.path) as partial:
                 torch.save(state, partial)
 
@@ -177,16 +192,14 @@ def _whole(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def fingerprint(recipe: Recipe, program: Program, calibration: Path | None = None) -> str:
-    """Of the recipe, the calibration file, and names, shapes and samples of the parameters."""
+def fingerprint(recipe: Recipe, program: Program, device: str) -> str:
+    """Of the recipe, the device, and names, shapes and samples of the parameters."""
     digest = hashlib.sha256(recipe.to_toml().encode())
-    if calibration is not None and calibration.is_file():
-        with calibration.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    digest.update(torch.device(device).type.encode())
     for name, _ in program.module.named_parameters(remove_duplicate=False):
         value = program.parameter(name)
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLES)].float().contiguous()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()

@@ -216,6 +216,7 @@ def command(
     Example: fptq-compile model.pt -o model.onnx --bits 4-8-8 --calibration text.txt
     """
     settings.set(verbose, quiet)
+    settings.if_interrupted = how_to_go_on(work_dir)
     chosen = load_recipe(recipe).override(
         bits=bits,
         transforms=transforms,
@@ -279,6 +280,13 @@ def check_output(model: Path, output: Path) -> None:
     if not os.access(output.parent, os.W_OK | os.X_OK):
         message = f"-o {output}: no permission to write to the folder {output.parent}"
         raise LoweringError(message)
+
+
+def how_to_go_on(work_dir: Path | None) -> str:
+    """What is said after Ctrl-C."""
+    if work_dir is None:
+        return "nothing was written; a compilation with --work-dir DIR goes on where it stood"
+    return f"no model was written; the same command goes on from what {work_dir} holds"
 
 
 def check_device(device: str) -> None:

@@ -32,9 +32,11 @@ class Settings:
 
     Attributes:
         verbosity: -1 errors only, 0 normal, 1 also the log and tracebacks.
+        if_interrupted: what is said after Ctrl-C.
     """
 
     verbosity: int = 0
+    if_interrupted: str = "nothing was written"
 
     def set(self, verbose: bool, quiet: bool) -> None:
         """Takes -v and -q.
@@ -69,7 +71,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__cause__, EOFError):  # click takes it for a closed terminal
             return _bug(error.__cause__, settings)
-        _say("interrupted: nothing was written")
+        _say(f"interrupted: {settings.if_interrupted}")
         return INTERRUPTED
     except Exception as error:
         return _bug(error, settings)

@@ -7,9 +7,11 @@ The state that is best on held-out text is kept.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,7 +20,12 @@ from torch import Tensor
 from fptq_compiler.errors import OptimizationError
 from fptq_compiler.optimize.batches import Batches
 from fptq_compiler.optimize.objective import Objective
-from fptq_compiler.optimize.ranks import average_gradients, mean_over_ranks, rows_of_rank
+from fptq_compiler.optimize.ranks import (
+    average_gradients,
+    mean_over_ranks,
+    mean_over_rows,
+    rows_of_rank,
+)
 from fptq_compiler.optimize.schedule import rate_factor
 from fptq_compiler.optimize.student import Student
 from fptq_compiler.optimize.trainable import Group
@@ -83,23 +90,27 @@ def train(
     )
     state = TrainingState.start(groups, optimizer, keeper)
     progress.advance(state.step)
-    while state.step < plan.steps and not state.is_stale(plan.patience):
-        if state.step % plan.evaluate_every == 0:
-            state.judge(held_out_loss(student, teacher, batches, objective))
-        started = time.perf_counter()
-        for settings, group in zip(optimizer.param_groups, groups, strict=True):
-            settings["lr"] = group.rate * rate_factor(state.step, plan.steps, plan.warmup)
-        ids = rows_of_rank(batches.at(state.step))
-        optimizer.zero_grad()
-        with shared_evaluation(student.program.module):
-            loss = objective(student, teacher, ids)
-            _refuse_infinite(student, loss, ids, state.step)
-            loss.backward()  # type: ignore[no-untyped-call]
-        average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, plan.clip, error_if_nonfinite=True)
-        optimizer.step()
-        state.advance(mean_over_ranks(loss.detach()), time.perf_counter() - started)
-        progress.advance(1, state.words())
+    with state.kept_at_the_end():
+        while state.step < plan.steps:
+            if state.step % plan.evaluate_every == 0:
+                state.judge(held_out_loss(student, teacher, batches, objective))
+                if state.is_stale(plan.patience):
+                    break
+            started = time.perf_counter()
+            for settings, group in zip(optimizer.param_groups, groups, strict=True):
+                settings["lr"] = group.rate * rate_factor(state.step, plan.steps, plan.warmup)
+            ids = rows_of_rank(batches.at(state.step))
+            optimizer.zero_grad()
+            with shared_evaluation(student.program.module):
+                loss = objective(student, teacher, ids)
+                mean = mean_over_ranks(loss.detach())
+                _refuse_infinite(student, mean, ids, state.step)
+                loss.backward()  # type: ignore[no-untyped-call]
+            average_gradients(parameters)
+            torch.nn.utils.clip_grad_norm_(parameters, plan.clip, error_if_nonfinite=True)
+            state.advance(mean)
+            state.seconds.append(time.perf_counter() - started)
+            progress.advance(1, state.words())
     state.judge(held_out_loss(student, teacher, batches, objective))
     state.restore_best()
     return state
@@ -111,17 +122,16 @@ def held_out_loss(
 ) -> float:
     """The objective on the held-out sequences, one at a time."""
     with shared_evaluation(student.program.module):
-        losses = [objective(student, teacher, row.unsqueeze(0)) for row in batches.held_out]
-    return float(torch.stack(losses).double().mean())
+        return mean_over_rows(partial(objective, student, teacher), batches.held_out)
 
 
-def _refuse_infinite(student: Student, loss: Tensor, ids: Tensor, step: int) -> None:
+def _refuse_infinite(student: Student, loss: float, ids: Tensor, step: int) -> None:
     """Raise OptimizationError where the loss is not finite, and say where that began."""
-    if bool(torch.isfinite(loss)):
+    if math.isfinite(loss):
         return
     place = student.first_infinite(ids) or "the loss itself"
     message = (
-        f"training step {step + 1}: the loss is {float(loss.detach())}, expected a finite number; "
+        f"training step {step + 1}: the loss is {loss}, expected a finite number; "
         f"the first value that is not finite is at {place}. Lower the rates in [training], or "
         "give text that the model knows"
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fptq_compiler.optimize.ranks import copy_from_first_rank, from_first_rank
 from fptq_compiler.optimize.trainable import Group
 
 if TYPE_CHECKING:
     from fptq_compiler.optimize.training import Keeper
 
+logger = logging.getLogger(__name__)
 KEEP_EVERY = 10  # steps
 
 
@@ -37,6 +41,7 @@ class TrainingState:
     held_out: dict[int, float] = field(default_factory=dict)
     best: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    _whole: bool = True
 
     @classmethod
     def start(
@@ -44,9 +49,15 @@ class TrainingState:
     ) -> TrainingState:
         """A new state, or the one that was kept."""
         state = cls(groups, optimizer, keeper)
-        kept = keeper.load()
-        if kept is not None:
-            state._restore(kept)
+        copy_from_first_rank(state.values)
+        kept = from_first_rank(keeper.load())
+        if kept is None:
+            return state
+        if kept.get("shapes") != state._shapes:
+            logger.warning("the kept training has other parameters; training again")
+            return state
+        state._restore(kept)
+        logger.info("training goes on from step %d", state.step)
         return state
 
     @property
@@ -73,13 +84,24 @@ class TrainingState:
         looks = list(self.held_out.values())
         return 0 < patience < len(looks) and min(looks[-patience:]) >= min(looks[:-patience])
 
-    def advance(self, loss: float, seconds: float) -> None:
-        """One more step is done; every KEEP_EVERY the state is kept."""
+    def advance(self, loss: float) -> None:
+        """Take one step along the gradients; every KEEP_EVERY the state is kept."""
+        self._whole = False
+        self.optimizer.step()
         self.losses.append(loss)
-        self.seconds.append(seconds)
         self.step += 1
+        self._whole = True
         if self.step % KEEP_EVERY == 0:
             self.keeper.save(self._record())
+
+    @contextmanager
+    def kept_at_the_end(self) -> Iterator[None]:
+        """Keep the state of the last whole step, whatever ends what is inside."""
+        try:
+            yield
+        finally:
+            if self._whole:
+                self.keeper.save(self._record())
 
     @torch.no_grad()
     def restore_best(self) -> None:
@@ -92,8 +114,16 @@ class TrainingState:
         least = min(self.held_out.values())
         return f"loss {self.losses[-1]:.4f}, held out {least:.4f}"
 
+    @property
+    def _shapes(self) -> dict[str, list[int]]:
+        return {
+            f"{group.name}: {name}": list(parameter.shape)
+            for group in self.groups for name, parameter in group.parameters.items()
+        }
+
     def _record(self) -> dict[str, Any]:
         return {
+            "shapes": self._shapes,
             "step": self.step,
             "losses": self.losses,
             "held_out": self.held_out,
