@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.edges import transformed, weight_end
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
@@ -25,7 +26,7 @@ class Bypass:
         """
         self._program = program
         self._exact = exact or program
-        self._biases = {} if exact is None else _biases(exact)
+        self._biases = {} if self._exact is program else _biases(self._exact)
         self._quantizers = {q.module for q in program.weight_quantizers}
         self._quantizers |= {q.module for q in program.activation_quantizers}
 
@@ -47,10 +48,13 @@ def _biases(exact: Program) -> dict[str, Tensor]:
     """What each linear adds (N,), by the name that its corrected bias has."""
     found = {}
     for node in exact.call_nodes(LINEAR):
-        name = str(input_node(node, 1).target)
+        parameter = weight_end(exact, input_node(node, 1))
+        if parameter is None:
+            continue
+        name = str(parameter.target)
         weight = exact.held(name)
         bias = weight.new_zeros(weight.shape[0], device=exact.device)
         if len(node.args) > 2 and isinstance(node.args[2], Node):
-            bias = exact.parameter(str(node.args[2].target))
+            bias = transformed(exact, node.args[2])
         found[f"{name}_bias"] = bias
     return found

@@ -54,6 +54,7 @@ def programs() -> tuple[Program, Program]:
     return program, plain
 
 
+@torch.no_grad()
 def by_hand(program: Program, exact: Program, block: Block | None) -> Tensor:
     """Logits of one run of the whole with quantisers and biases of one block, or of none."""
     bypass = Bypass(program, exact)
