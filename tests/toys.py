@@ -365,12 +365,15 @@ def make_tokens(
 
 def export_toy(config: ToyConfig, seed: int = 0) -> ExportedProgram:
     """Export the toy with dynamic batch and sequence (at most MAX_POSITIONS)."""
+    return export_module(make_toy(config, seed))
+
+
+def export_module(toy: Toy) -> ExportedProgram:
+    """Export a toy that was made, and perhaps changed, before."""
     dimensions = {0: Dim("batch"), 1: Dim("sequence", max=MAX_POSITIONS)}
     return torch.export.export(
-        make_toy(config, seed),
-        (make_tokens(config, 2, 7),),
-        dynamic_shapes={"input_ids": dimensions},
-        strict=False,
+        toy, (make_tokens(toy.config, 2, 7),),
+        dynamic_shapes={"input_ids": dimensions}, strict=False,
     )
 
 

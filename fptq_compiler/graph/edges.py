@@ -26,15 +26,20 @@ class Edge(nn.Module):
     """What stands between a parameter and its readers until it is folded.
 
     Attributes:
-        side: which side of the parameter it changes.
+        side: which side of the parameter it multiplies; None is neither, and it commutes with
+            no other edge.
     """
 
-    side: Side
+    side: Side | None
 
     @property
     def by_rows(self) -> bool:
-        """Whether it acts on each row of a weight alone."""
-        return self.side is not Side.OUT
+        """Whether it acts on each row of a weight alone, and on all alike."""
+        return self.side in (Side.IN, Side.TABLE)
+
+    def waits_for(self, other: Edge) -> bool:
+        """Whether it may not be applied before one in front of it."""
+        return self.side is None or other.side is None or self.side is other.side
 
 
 class WeightEdge(Edge):
@@ -108,6 +113,37 @@ class ReorderEdge(Edge):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that reads its input in that order."""
         return weight[:, self.get_buffer("order").to(weight.device)]
+
+
+class LowRankEdge(Edge):
+    """Adds a trained correction of low rank: W + A B, A (out, r) and B (r, in)."""
+
+    side = None
+
+    def __init__(self, shape: torch.Size, rank: int, generator: torch.Generator) -> None:
+        """Draw A from N(0, 1 / r); B is zero, so that the weight is as it was."""
+        super().__init__()
+        rows, columns = shape
+        self.left = nn.Parameter(torch.randn(rows, rank, generator=generator) / rank**0.5)
+        self.right = nn.Parameter(torch.zeros(rank, columns))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The corrected weight."""
+        return weight + self.left.to(weight.dtype) @ self.right.to(weight.dtype)
+
+
+class DeltaEdge(Edge):
+    """Adds a trained correction of full rank: W + D, D (out, in), zero at first."""
+
+    side = None
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The corrected weight."""
+        return weight + self.delta.to(weight.dtype)
 
 
 class OnlineEdge(nn.Module):
@@ -247,16 +283,20 @@ def _folded(weight: Tensor, edges: Sequence[Edge]) -> Tensor:
 
 
 def split(edges: Sequence[Edge], trained: Collection[nn.Module]) -> tuple[list[Edge], list[Edge]]:
-    """Edges that can be applied once, and those that wait until the `trained` maps are settled.
+    """Edges that can be applied once, and those that wait until the `trained` ones are settled.
 
     Maps on the two sides of a weight commute, so of the edges behind a trained one only those
-    on its own side have to wait for it.
+    on its own side have to wait for it, and corrections, which are on neither.
+
+    Args:
+        edges: from the parameter outwards.
+        trained: maps, and edges with parameters of their own.
     """
     constant: list[Edge] = []
     moving: list[Edge] = []
     for edge in edges:
-        mine = isinstance(edge, WeightEdge) and edge.transform in trained
-        if mine or any(edge.side is m.side for m in moving):
+        mine = edge in trained or (isinstance(edge, WeightEdge) and edge.transform in trained)
+        if mine or any(edge.waits_for(m) for m in moving):
             moving.append(edge)
         else:
             constant.append(edge)
@@ -268,7 +308,7 @@ def fold(program: Program, trained: Collection[nn.Module] = ()) -> int:
 
     Args:
         program: rewritten in place.
-        trained: maps that stay on their edges, and what cannot be merged without them.
+        trained: maps and edges that stay, and with them what cannot be merged before them.
 
     Returns:
         How many parameters changed.

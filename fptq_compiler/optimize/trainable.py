@@ -1,4 +1,4 @@
-"""What the end-to-end stage trains: maps, scales and zero-points, in groups with a rate each."""
+"""What is trained: maps, corrections, scales and zero-points, in groups with a rate each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fptq_compiler.graph.edges import DeltaEdge, LowRankEdge, chains
 from fptq_compiler.graph.program import Program
 from fptq_compiler.quant.modules import ActivationFakeQuantizer
 from fptq_compiler.transforms import Map
@@ -44,6 +45,7 @@ def trainable(
     weights_rate: float,
     activations_rate: float,
     zero_points_rate: float,
+    correction_rate: float = 0.0,
 ) -> Iterator[list[Group]]:
     """The groups of a program with quantisers; inside the context scales are logarithms.
 
@@ -56,6 +58,7 @@ def trainable(
         weights_rate: of the logarithms of weight scales.
         activations_rate: of the logarithms of activation scales.
         zero_points_rate: of zero-points, in codes.
+        correction_rate: of the corrections of weights, where there are any.
     """
     module = program.module
     module.requires_grad_(False)
@@ -71,6 +74,7 @@ def trainable(
             Group("weight scales", weights_rate, _scales(module, weights)),
             Group("activation scales", activations_rate, _scales(module, activations)),
             Group("zero-points", zero_points_rate, _zero_points(module, activations)),
+            Group("weight corrections", correction_rate, _corrections(program)),
         ]
         groups = [group for group in groups if group.rate > 0 and group.parameters]
         for group in groups:
@@ -107,3 +111,11 @@ def _zero_points(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Parame
             found[f"{path}/zero_point"] = quantizer.zero_point
     return found
 
+
+def _corrections(program: Program) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}/{key}": parameter
+        for name, edges in chains(program).items() for edge in edges
+        if isinstance(edge, (LowRankEdge, DeltaEdge))
+        for key, parameter in edge.named_parameters()
+    }

@@ -1,0 +1,154 @@
+"""The student: the program's values and gradients, whatever is kept or computed again."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fptq_compiler.errors import OptimizationError
+from fptq_compiler.graph import evaluate
+from fptq_compiler.graph.blocks import outline
+from fptq_compiler.optimize import block_function
+from fptq_compiler.optimize.block_function import block_functions
+from fptq_compiler.optimize.student import Student
+from fptq_compiler.transforms.dense import shared_evaluation
+from tests.quantized_toy import Quantized, groups_of, parameters_of, quantized
+
+
+@pytest.fixture
+def toy() -> Iterator[Quantized]:
+    with quantized() as made:
+        yield made
+
+
+@pytest.fixture
+def ids(toy: Quantized) -> Tensor:
+    return toy.rows[:2]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_values_are_the_programs(toy: Quantized, ids: Tensor, checkpointing: bool) -> None:
+    with groups_of(toy) as groups:
+        expected = toy.program.run(ids)
+        student = Student(toy.program, parameters_of(groups), checkpointing=checkpointing)
+        with shared_evaluation(student.module):
+            found = student(ids)
+    assert found.requires_grad
+    assert torch.equal(found, expected)
+
+
+def test_checkpointing_changes_no_gradient(toy: Quantized, ids: Tensor) -> None:
+    gradients = []
+    with groups_of(toy) as groups:
+        for checkpointing in (False, True):
+            parameters = parameters_of(groups)
+            student = Student(toy.program, parameters, checkpointing=checkpointing)
+            with shared_evaluation(student.module):
+                loss = student(ids).square().mean()
+                gradients.append(torch.autograd.grad(loss, parameters))
+    assert sum(bool(plain.any()) for plain in gradients[0]) > 30
+    for plain, again in zip(*gradients, strict=True):
+        # float32 sums of the same terms in another order
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_what_nothing_trained_reaches_is_computed_once(
+    toy: Quantized, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: Counter[str] = Counter()
+    original = block_function.run_node
+
+    def run_node(module: object, node: Node, *rest: object) -> object:
+        runs[node.name] += 1
+        return original(module, node, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(block_function, "run_node", run_node)
+    teacher = Student(toy.transformed)
+    weights = {n.name for n in toy.transformed.graph.nodes if n.op == "call_module"}
+    assert weights
+    assert {runs[name] for name in weights} == {1}
+    teacher(ids)
+    teacher(ids)
+    assert {runs[name] for name in weights} == {1}
+    runs.clear()
+    with groups_of(toy) as groups:
+        student = Student(toy.program, parameters_of(groups))
+        student(ids)
+        student(ids)
+    (embedding,) = [q.module for q in toy.program.weight_quantizers if q.role == "embedding"]
+    (linear, *_) = [q.module for q in toy.program.weight_quantizers if q.role == "linear"]
+    names = {n.target: n.name for n in toy.program.graph.nodes if n.op == "call_module"}
+    assert runs[names[embedding]] == 1
+    assert runs[names[linear]] == 2
+
+
+def test_a_trained_value_is_read_again(toy: Quantized, ids: Tensor) -> None:
+    with groups_of(toy) as groups:
+        parameters = parameters_of(groups)
+        student = Student(toy.program, parameters)
+        before = student(ids)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.05)
+        assert not torch.equal(student(ids), before)
+        assert torch.equal(student(ids), toy.program.run(ids))
+
+
+def test_a_quantisers_value_does_not_depend_on_the_compute_type(
+    toy: Quantized, ids: Tensor
+) -> None:
+    """Quantisers stay in float32: what enters the first linear is the same to the bit."""
+    first = toy.program.activation_quantizers[0]
+    found: list[Tensor] = []
+
+    def watch(node: Node, value: object) -> None:
+        if node.target == first.module:
+            assert isinstance(value, Tensor)
+            found.append(value)
+
+    for compute in (torch.float32, torch.bfloat16):
+        Student(toy.program, [*toy.program.module.parameters()], compute=compute)(ids, watch)
+    assert torch.equal(*found)
+
+
+def test_hidden_is_what_the_head_reads(toy: Quantized, ids: Tensor) -> None:
+    head = outline(toy.program)[-1]
+    inside = set(head.nodes)
+    values: dict[Node, Tensor] = {}
+    with torch.no_grad():
+        evaluate.run(toy.program.module, toy.program.arguments(ids), watch=values.__setitem__)
+        found = Student(toy.program).hidden(ids)
+    entering = {x for n in head.nodes for x in n.all_input_nodes if x not in inside}
+    expected = [values[x] for x in entering if x in values and values[x].shape == found.shape]
+    assert len(expected) == 1
+    assert torch.equal(found, expected[0])
+
+
+def test_a_graph_without_blocks_has_no_hidden_state(
+    toy: Quantized, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [n for block in outline(toy.program) for n in block.nodes]
+    block = type(outline(toy.program)[0])("model", tuple(whole))
+    monkeypatch.setattr(block_function, "outline", lambda program: [block])
+    student = Student(toy.program)
+    assert torch.equal(student(ids), toy.program.run(ids))
+    with pytest.raises(OptimizationError, match="cannot be cut into blocks"):
+        student.hidden(ids)
+
+
+def test_a_block_reads_its_own_parameters_alone(toy: Quantized) -> None:
+    with groups_of(toy) as groups:
+        named = {id(p): n for group in groups for n, p in group.parameters.items()}
+        read = {
+            block.name: {named[id(p)] for p in block.parameters if id(p) in named}
+            for block in block_functions(toy.program, parameters_of(groups))
+        }
+    assert list(read) == ["embedding", "blocks.0", "blocks.1", "head"]
+    assert not read["embedding"]
+    for index in range(2):
+        maps = {name for name in read[f"blocks.{index}"] if name.partition(".")[0] == "updown"}
+        assert maps == {f"updown.model.layers.{index}.mlp/log_scale"}
+    assert not read["blocks.0"] & read["blocks.1"]
