@@ -28,14 +28,14 @@ CONTEXT = 16  # tokens that the model looks back while it writes its own text
 def training_rows(
     path: Path | None, tokenizer: Path | None, recipe: Recipe, vocabulary: int, ids: Tensor
 ) -> Tensor:
-    """Ids (N, S) for the end-to-end stage: of the calibration file, or what the model wrote.
+    """Ids (N, S) for the stages that train: of the calibration file, or what the model wrote.
 
     A short text is cut into shorter sequences, so that some can be held out.
 
     Args:
         path: the calibration file.
         tokenizer: for text.
-        recipe: its `[training]`.
+        recipe: its `[blockwise]` and `[training]`.
         vocabulary: ids are below it.
         ids: what the model wrote (N, length), used where there is no file.
 
@@ -43,12 +43,13 @@ def training_rows(
         CaptureError: the file or the tokenizer cannot be read, or does not fit the model.
     """
     chosen = recipe.training
+    steps = max(chosen.steps, recipe.blockwise.steps)
     if path is not None:
         needs_text = path.suffix != ".npy" and tokenizer is not None
         stream = load_stream(
             path,
             tokenizer=load_tokenizer(tokenizer) if needs_text and tokenizer else None,
-            tokens=(chosen.steps * chosen.batch + chosen.held_out) * chosen.length,
+            tokens=(steps * chosen.batch + chosen.held_out) * chosen.length,
             vocabulary=vocabulary,
         )
     else:

@@ -101,6 +101,7 @@ def _trial_loss(program: Program, recipe: Recipe, ids: Tensor, rows: Tensor) -> 
         recipe,
         verify="off",
         local=replace(recipe.local, steps=-(-recipe.local.steps // QUICKER)),
+        blockwise=replace(recipe.blockwise, steps=0),
         training=replace(recipe.training, steps=recipe.transforms.trial_steps),
     )
     report, silent = Report(origin="trial"), SilentProgress()

@@ -38,7 +38,7 @@ from fptq_compiler.recipe_parts import (
     read_bits,
     read_transforms,
 )
-from fptq_compiler.recipe_training import TrainingRecipe
+from fptq_compiler.recipe_training import BlockwiseRecipe, TrainingRecipe
 
 __all__ = [
     "BUILT_IN",
@@ -52,6 +52,7 @@ __all__ = [
     "VERIFY_LEVELS",
     "ActivationsRecipe",
     "Bits",
+    "BlockwiseRecipe",
     "CacheRecipe",
     "CalibrationRecipe",
     "LocalRecipe",
@@ -81,6 +82,7 @@ class Recipe:
     weights: WeightsRecipe = field(default_factory=WeightsRecipe)
     activations: ActivationsRecipe = field(default_factory=ActivationsRecipe)
     local: LocalRecipe = field(default_factory=LocalRecipe)
+    blockwise: BlockwiseRecipe = field(default_factory=BlockwiseRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     cache: CacheRecipe = field(default_factory=CacheRecipe)
@@ -115,9 +117,9 @@ class Recipe:
 
     @property
     def trains(self) -> bool:
-        """Whether there is an end-to-end stage: steps, and something that is quantised."""
+        """Whether a stage trains on text: steps, and something that is quantised."""
         quantised = {self.bits.weights, self.bits.activations, self.bits.cache} != {16}
-        return quantised and self.training.steps > 0
+        return quantised and (self.training.steps > 0 or self.blockwise.steps > 0)
 
     @property
     def embedding_bits(self) -> int:

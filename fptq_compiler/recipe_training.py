@@ -1,4 +1,4 @@
-"""The recipe of the end-to-end stage: what is trained, towards what, for how long."""
+"""The recipes of the stages that train: what, towards what, for how long."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fptq_compiler.errors import RecipeError
 OBJECTIVES: Final = ("jensen-shannon", "forward-kl", "top-k-kl", "hidden-mse")
 COMPUTE_TYPES: Final = ("auto", "float32", "bfloat16")
 WEIGHT_CORRECTIONS: Final = ("none", "lora", "full")
+BLOCK_INPUTS: Final = ("quantised", "original")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class TrainingRecipe:
             maps, of the logarithms of weight and activation scales, and of zero-points in codes.
         warmup: share of the steps in which the rates rise; then they fall as a cosine.
         clip: the largest norm of all gradients together.
-        weights: "lora" or "full" also trains a correction of every linear's weight.
+        weights: "lora" or "full" also trains a correction of every linear's weight, merged into
+            it before it is rounded.
         rank: of "lora".
         correction_rate: learning rate of the correction.
         held_out: sequences that are not trained on, but choose the best state.
@@ -75,4 +77,30 @@ class TrainingRecipe:
                 raise RecipeError(message)
         if not 0.0 <= self.warmup < 1.0:
             message = f"training.warmup is {self.warmup!r}, expected a share from 0 to below 1"
+            raise RecipeError(message)
+
+
+@dataclass(frozen=True)
+class BlockwiseRecipe:
+    """Before stage two, block by block: each learns the output that it has in the float program.
+
+    Batches, schedule and what is trained are those of `[training]`, without T_r, which turns all
+    blocks.
+
+    Attributes:
+        steps: optimiser steps of each block; 0 leaves the stage out.
+        rate: times the learning rates of `[training]`.
+        inputs: what a block is trained on: "quantised" is what the blocks in front of it give,
+            "original" what they give in float.
+    """
+
+    steps: int = 0
+    rate: float = 1.0
+    inputs: str = "quantised"
+
+    def __post_init__(self) -> None:
+        check_at_least("blockwise.steps", self.steps, 0)
+        check_one_of("blockwise.inputs", self.inputs, BLOCK_INPUTS)
+        if not 0.0 < self.rate < float("inf"):
+            message = f"blockwise.rate is {self.rate!r}, expected a positive number"
             raise RecipeError(message)

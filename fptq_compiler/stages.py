@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Untrained:
-    """What `transform` leaves to the end-to-end stage and the measurements.
+    """What `transform` leaves to the stages that train and the measurements.
 
     Attributes:
         original: the model as captured, its sites found.
@@ -123,8 +123,8 @@ def look_into(
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether anything is found from activations."""
-    if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS:
+    """Whether anything is found from activations, or trained on text."""
+    if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS or recipe.trains:
         return True
     from_inputs = recipe.weights.bias_correction or recipe.weights.rounding == "gptq"
     if recipe.bits.weights != FLOAT_BITS and from_inputs:
@@ -160,7 +160,7 @@ def transform(
         dump_dir: an existing folder for the graph after each pass.
 
     Returns:
-        What the end-to-end stage and the measurements need, where there are any.
+        What the stages that train and the measurements need, where there are any.
     """
     verifier: Verifier | None = None
     with report.stage("find sites"):
@@ -223,7 +223,7 @@ def quantize(
         ids: calibration tokens (samples, length); None where no activation is quantised.
         report: gets the stage, signal-to-noise ratios and decisions.
         progress: listens.
-        training: the end-to-end stage; None leaves it out.
+        training: the stages that train; None leaves them out.
         measurements: looks at the program between the stages, for the report.
         dump_dir: an existing folder for the graph after each pass.
     """
@@ -259,8 +259,7 @@ def quantize(
         measurements.plain(quantizer_placement(recipe))
         measurements.signal(program, TRANSFORMED)
     if training is not None:
-        with report.stage("end-to-end training"):
-            training.run(program, recipe, report, progress)
+        training.run(program, recipe, report, progress)
         _run(program, (FoldTransforms(),), None, dump_dir)
         if rounds:
             _round(program, recipe, batches, Calibration(), report, progress)

@@ -1,9 +1,10 @@
-"""The end-to-end stage of a compilation: its parts by the recipe, and what is reported."""
+"""The stages that train, block-wise and end to end: their parts by the recipe, and the report."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +14,24 @@ from fptq_compiler.graph.edges import online_map
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import held_for_many_runs
 from fptq_compiler.optimize.batches import Batches
+from fptq_compiler.optimize.blockwise import train_blocks
 from fptq_compiler.optimize.compute_type import faster_type
+from fptq_compiler.optimize.corrections import insert_corrections
 from fptq_compiler.optimize.objective import Objective, objective
 from fptq_compiler.optimize.ranks import rows_of_rank
 from fptq_compiler.optimize.student import Student
 from fptq_compiler.optimize.trainable import Group, trainable
 from fptq_compiler.optimize.training import Keeper, Plan, train
 from fptq_compiler.progress import Progress
-from fptq_compiler.recipe import Recipe
+from fptq_compiler.recipe import Recipe, TrainingRecipe
 from fptq_compiler.report import Report
 from fptq_compiler.transforms import Map
 from fptq_compiler.transforms.dense import shared_evaluation
+from fptq_compiler.work import TrainingFile
 
 
 def trained_maps(program: Program, recipe: Recipe) -> tuple[Map, ...]:
-    """The merged maps that the stage trains; the residual's only where the recipe says so."""
+    """The merged maps that are trained; the residual's only where the recipe says so."""
     if not recipe.trains:
         return ()
     online = {online_map(program, node) for node in program.graph.nodes}
@@ -40,7 +44,7 @@ def trained_maps(program: Program, recipe: Recipe) -> tuple[Map, ...]:
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """The stage with all that it needs beside the quantised program.
+    """The stages that train, with all that they need beside the quantised program.
 
     Attributes:
         original: the model as captured.
@@ -57,7 +61,7 @@ class TrainingStage:
     keeper: Keeper
 
     def run(self, program: Program, recipe: Recipe, report: Report, progress: Progress) -> None:
-        """Train the maps and ranges of a calibrated program.
+        """Train the maps and ranges of a calibrated program: block by block, then as a whole.
 
         Raises:
             OptimizationError: too little text, or a loss that is not finite.
@@ -67,22 +71,60 @@ class TrainingStage:
             self.rows, held_out=chosen.held_out, size=chosen.batch, seed=recipe.seed
         )
         compute = _compute_type(chosen.compute, program.device)
-        goal = objective(chosen.objective, chosen.top_k)
-        taught = self.transformed if chosen.objective == "hidden-mse" else self.original
+        insert_corrections(program, chosen.weights, rank=chosen.rank, seed=recipe.seed)
         with (
             held_for_many_runs(program.module),
-            held_for_many_runs(taught.module),
             trainable(
                 program, self.maps,
                 transforms_rate=chosen.transforms_rate, weights_rate=chosen.weights_rate,
                 activations_rate=chosen.activations_rate,
                 zero_points_rate=chosen.zero_points_rate,
+                correction_rate=chosen.correction_rate,
             ) as groups,
         ):
-            teacher = Student(taught, compute=compute)
+            if recipe.blockwise.steps > 0:
+                with report.stage("block-wise training"):
+                    self._train_blocks(
+                        program, groups, batches, compute, recipe, report, progress
+                    )
+            if chosen.steps > 0:
+                with report.stage("end-to-end training"):
+                    self._train_end_to_end(
+                        program, groups, batches, compute, recipe, report, progress
+                    )
+
+    def _train_blocks(
+        self, program: Program, groups: Sequence[Group], batches: Batches, compute: torch.dtype,
+        recipe: Recipe, report: Report, progress: Progress,
+    ) -> None:
+        chosen = recipe.blockwise
+        states = train_blocks(
+            program, self.transformed, _without_residual(groups, chosen.rate), batches,
+            _plan(recipe.training, chosen.steps),
+            inputs=chosen.inputs, compute=compute, keeper=TrainingFile(None), progress=progress,
+        )
+        for name, state in states.items():
+            report.curves[name] = state.losses
+            report.curves[f"{name}, held out"] = [*state.held_out.values()]
+        first = statistics.mean(state.held_out[0] for state in states.values())
+        best = statistics.mean(state.held_out[state.best_step] for state in states.values())
+        report.decisions.append(
+            f"trained {len(states)} blocks for {chosen.steps} steps each: held-out relative "
+            f"error, in the mean over blocks, {first:.4f} -> {best:.4f}"
+        )
+
+    def _train_end_to_end(
+        self, program: Program, groups: Sequence[Group], batches: Batches, compute: torch.dtype,
+        recipe: Recipe, report: Report, progress: Progress,
+    ) -> None:
+        chosen = recipe.training
+        goal = objective(chosen.objective, chosen.top_k)
+        taught = self.transformed if chosen.objective == "hidden-mse" else self.original
+        trained = [p for group in groups for p in group.parameters.values()]
+        with held_for_many_runs(taught.module):
+            teacher = Student(taught, trained, compute=compute)
             student = Student(
-                program, [p for group in groups for p in group.parameters.values()],
-                compute=compute, checkpointing=chosen.checkpointing,
+                program, trained, compute=compute, checkpointing=chosen.checkpointing
             )
             seconds = _seconds_of_a_step(student, teacher, groups, batches, goal)
             progress.start(
@@ -92,11 +134,7 @@ class TrainingStage:
                 chosen.steps,
             )
             state = train(
-                student, teacher, groups, batches,
-                Plan(
-                    chosen.steps, chosen.warmup, chosen.clip, chosen.evaluate_every,
-                    chosen.patience,
-                ),
+                student, teacher, groups, batches, _plan(chosen, chosen.steps),
                 objective=goal, keeper=self.keeper, progress=progress,
             )
             progress.done()
@@ -113,6 +151,21 @@ class TrainingStage:
         )
 
 
+def _plan(chosen: TrainingRecipe, steps: int) -> Plan:
+    return Plan(steps, chosen.warmup, chosen.clip, chosen.evaluate_every, chosen.patience)
+
+
+def _without_residual(groups: Sequence[Group], factor: float) -> list[Group]:
+    """The groups without T_r, which every block reads, their rates times a factor."""
+    return [
+        Group(
+            group.name, group.rate * factor,
+            {n: p for n, p in group.parameters.items() if not n.startswith("residual/")},
+        )
+        for group in groups
+    ]
+
+
 def _compute_type(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return faster_type(device)
@@ -121,7 +174,7 @@ def _compute_type(name: str, device: torch.device) -> torch.dtype:
 
 
 def _seconds_of_a_step(
-    student: Student, teacher: Student, groups: list[Group], batches: Batches, goal: Objective
+    student: Student, teacher: Student, groups: Sequence[Group], batches: Batches, goal: Objective
 ) -> float:
     """How long one step takes, by a step whose gradients are dropped."""
     started = time.perf_counter()

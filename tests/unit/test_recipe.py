@@ -111,6 +111,10 @@ def test_the_default_recipe_reads_as_written() -> None:
         "learning_rate = 0.01\n"
         "p = 4.0\n"
         'objective = "weights"\n'
+        "\n[blockwise]\n"
+        "steps = 0\n"
+        "rate = 1.0\n"
+        'inputs = "quantised"\n'
         "\n[training]\n"
         "steps = 200\n"
         "batch = 2\n"
