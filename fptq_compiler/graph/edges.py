@@ -86,6 +86,10 @@ class ShiftEdge(Edge):
         return bias + self.get_buffer("shift").to(bias.dtype)
 
 
+class CorrectionEdge(ShiftEdge):
+    """Corrects the mean output of a quantised linear, on a bias whose maps are still trained."""
+
+
 class CenterEdge(Edge):
     """Takes out the mean over the channels, for a parameter that writes the residual stream."""
 

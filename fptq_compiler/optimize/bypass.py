@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.graph.edges import transformed, weight_end
+from fptq_compiler.graph.edges import CorrectionEdge, transformed, weight_end
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
@@ -37,15 +37,19 @@ class Bypass:
             if source.op == "get_attr":
                 return self._exact.parameter(str(source.target))
             return environment[source]
+        if node.op == "call_module" and isinstance(
+            self._program.module.get_submodule(str(node.target)), CorrectionEdge
+        ):
+            return environment[input_node(node)]
         instead = {
             x: self._biases[str(x.target)] for x in node.all_input_nodes
-            if x.op == "get_attr" and x.target in self._biases
+            if node.op == "call_function" and x.op == "get_attr" and x.target in self._biases
         }
         return run_node(self._program.module, node, environment | instead, None)
 
 
 def _biases(exact: Program) -> dict[str, Tensor]:
-    """What each linear adds (N,), by the name that its corrected bias has."""
+    """What each linear adds (N,), by the names that its corrected bias has, or its own."""
     found = {}
     for node in exact.call_nodes(LINEAR):
         parameter = weight_end(exact, input_node(node, 1))
@@ -56,5 +60,8 @@ def _biases(exact: Program) -> dict[str, Tensor]:
         bias = weight.new_zeros(weight.shape[0], device=exact.device)
         if len(node.args) > 2 and isinstance(node.args[2], Node):
             bias = transformed(exact, node.args[2])
+            own = weight_end(exact, node.args[2])
+            if own is not None:
+                found[str(own.target)] = bias
         found[f"{name}_bias"] = bias
     return found

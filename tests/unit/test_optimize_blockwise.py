@@ -21,7 +21,7 @@ from fptq_compiler.optimize.training import Plan
 from fptq_compiler.optimize.training_state import TrainingState
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.work import TrainingFile
-from tests.training import Quantized, groups_of, quantized
+from tests.quantized_toy import Quantized, groups_of, quantized
 
 BLOCKS = ["blocks.0", "blocks.1"]
 

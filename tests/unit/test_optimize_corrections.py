@@ -11,7 +11,7 @@ from fptq_compiler.graph.edges import DeltaEdge, Edge, LowRankEdge, chains, fold
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.corrections import insert_corrections
-from tests.training import Quantized, groups_of, quantized
+from tests.quantized_toy import Quantized, groups_of, quantized
 
 KINDS = {"lora": LowRankEdge, "full": DeltaEdge}
 

@@ -148,4 +148,4 @@ def test_states_are_handed_to_the_keeper(toy: Quantized) -> None:
             split(toy), Plan(10, 0.1, 1.0, 20, 0),
             objective=GOAL, keeper=keeper, progress=SilentProgress(),
         )
-    assert [state["step"] for state in keeper.states] == [10]
+    assert [state["step"] for state in keeper.states] == [10, 10]  # every ten, and at the end

@@ -104,7 +104,15 @@ def test_a_half_done_optimiser_step_is_not_kept(
 ) -> None:
     monkeypatch.setattr(training_state, "KEEP_EVERY", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", raising(torch.optim.Adam.step, 4, StoppedError))
+        step = torch.optim.Adam.step
+        fourth = raising(step, 4, StoppedError)
+
+        def stopped(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
+            # AdamW, of the local stage, may inherit this very function
+            ours = type(optimizer) is torch.optim.Adam
+            return (fourth if ours else step)(optimizer, *arguments)
+
+        patch.setattr(torch.optim.Adam, "step", stopped)
         with pytest.raises(StoppedError):
             train_toy(file)
     kept = file.load()

@@ -19,10 +19,10 @@ from fptq_compiler.recipe import BlockwiseRecipe, LocalRecipe, Recipe, TrainingR
 from fptq_compiler.report import Report
 from fptq_compiler.stages import needs_calibration
 from fptq_compiler.training_stage import TrainingStage
-from fptq_compiler.work import WorkFolder
+from fptq_compiler.work import TrainingFile
 from tests.compiling import SMALL, Compiled, keeping_program, quick, run_onnx
+from tests.quantized_toy import exported_with_outliers
 from tests.toys import make_tokens
-from tests.training import exported_with_outliers
 
 ROWS = 16
 FEW = TrainingRecipe(
@@ -94,7 +94,7 @@ def trained_program(chosen: Recipe) -> tuple[Program, Report]:
     assert untrained is not None
     stage = TrainingStage(
         untrained.original, untrained.transformed, untrained.maps, rows,
-        WorkFolder(None, chosen, program),
+        TrainingFile(None),
     )
     stages.quantize(program, chosen, rows[:4], report, silent, training=stage)
     return program, report
