@@ -38,6 +38,7 @@ class TrainingRecipe:
         compute: what linear layers multiply in; "auto" is bfloat16 where it is faster.
         residual: train T_r too, which multiplies every weight by it at every step.
         checkpointing: keep one activation a block, and compute the others twice.
+        sharded: of several processes each holds a part of the frozen weights.
     """
 
     steps: int = 200
@@ -60,6 +61,7 @@ class TrainingRecipe:
     compute: str = "auto"
     residual: bool = False
     checkpointing: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         check_one_of("training.objective", self.objective, OBJECTIVES)

@@ -18,7 +18,7 @@ from fptq_compiler.optimize.blockwise import train_blocks
 from fptq_compiler.optimize.compute_type import faster_type
 from fptq_compiler.optimize.corrections import insert_corrections
 from fptq_compiler.optimize.objective import Objective, objective
-from fptq_compiler.optimize.ranks import rows_of_rank
+from fptq_compiler.optimize.ranks import ranks, rows_of_rank
 from fptq_compiler.optimize.student import Student
 from fptq_compiler.optimize.trainable import Group, trainable
 from fptq_compiler.optimize.training import Keeper, Plan, train
@@ -122,22 +122,25 @@ class TrainingStage:
         taught = self.transformed if chosen.objective == "hidden-mse" else self.original
         trained = [p for group in groups for p in group.parameters.values()]
         with held_for_many_runs(taught.module):
-            teacher = Student(taught, trained, compute=compute)
+            sharded = chosen.sharded and ranks() > 1
+            teacher = Student(taught, trained, compute=compute, sharded=sharded)
             student = Student(
-                program, trained, compute=compute, checkpointing=chosen.checkpointing
+                program, trained,
+                compute=compute, checkpointing=chosen.checkpointing, sharded=sharded,
             )
-            seconds = _seconds_of_a_step(student, teacher, groups, batches, goal)
-            progress.start(
-                f"end-to-end training: {chosen.steps} steps of {chosen.batch} x "
-                f"{self.rows.shape[1]} tokens in {str(compute).removeprefix('torch.')}, "
-                f"about {seconds * chosen.steps / 60:.0f} min",
-                chosen.steps,
-            )
-            state = train(
-                student, teacher, groups, batches, _plan(chosen, chosen.steps),
-                objective=goal, keeper=self.keeper, progress=progress,
-            )
-            progress.done()
+            with teacher.released(), student.released():
+                seconds = _seconds_of_a_step(student, teacher, groups, batches, goal)
+                progress.start(
+                    f"end-to-end training: {chosen.steps} steps of {chosen.batch} x "
+                    f"{self.rows.shape[1]} tokens in {str(compute).removeprefix('torch.')}, "
+                    f"about {seconds * chosen.steps / 60:.0f} min",
+                    chosen.steps,
+                )
+                state = train(
+                    student, teacher, groups, batches, _plan(chosen, chosen.steps),
+                    objective=goal, keeper=self.keeper, progress=progress,
+                )
+                progress.done()
         if state.seconds:
             report.tokens_per_second = (
                 chosen.batch * self.rows.shape[1] / statistics.median(state.seconds)

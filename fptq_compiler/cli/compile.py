@@ -242,21 +242,27 @@ def command(
     from fptq_compiler import driver
     from fptq_compiler.cli.inspect_text import print_unrecognised, stderr_console
     from fptq_compiler.cli.tables import print_summary, stdout_console
+    from fptq_compiler.processes import check_shares, device_of_process, joined, process_rank
 
+    check_shares(chosen)
+    first = process_rank() == 0
+    if not first:
+        settings.set(verbose=False, quiet=True)
+    own_device = device_of_process(device)
     options = driver.Options(
         recipe=chosen,
         calibration=calibration,
         tokenizer=tokenizer,
-        device=device,
+        device=own_device,
         work_dir=work_dir,
         reports=report,
         quick_report=quick_report,
-        dump_dir=dump_dir,
+        dump_dir=dump_dir if first else None,
         force=force,
         trust_pickle=trust_pickle,
         example_inputs=example_inputs,
     )
-    with listening(settings.verbosity) as progress:
+    with joined(own_device), listening(settings.verbosity) as progress:
         result = driver.compile_file(model, output, options, progress)
     if settings.verbosity >= 0:
         if result.unrecognised:

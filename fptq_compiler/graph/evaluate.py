@@ -115,7 +115,7 @@ def arguments(module: fx.GraphModule, node: Node, environment: Environment) -> A
     """The positional arguments of a node, with the values of those that are nodes."""
 
     def load(argument: Node) -> Any:
-        if argument.op == "get_attr":
+        if argument.op == "get_attr" and argument not in environment:
             return attribute(module, str(argument.target))
         return environment[argument]
 

@@ -74,6 +74,11 @@ class BlockFunction:
         return {node: found[node] for node in self._leaving}
 
     @property
+    def read(self) -> set[Node]:
+        """The nodes whose values it reads, its own among them."""
+        return {x for node in self._nodes for x in node.all_input_nodes}
+
+    @property
     def parameters(self) -> list[Tensor]:
         """What it reads of the program's parameters, those of edges and quantisers included."""
         return [p for node in self._nodes for p in _parameters(self._module, node)]
@@ -93,16 +98,21 @@ class BlockFunction:
 
 
 def block_functions(
-    program: Program, trained: Collection[Tensor] = (), *, compute: torch.dtype = torch.float32
+    program: Program,
+    trained: Collection[Tensor] = (),
+    *,
+    given: Collection[Tensor] = (),
+    compute: torch.dtype = torch.float32,
 ) -> Iterator[BlockFunction]:
     """The blocks in their order, each made when its turn comes: one alone need be in memory.
 
     Args:
         program: its graph must not change while the functions live.
         trained: the parameters whose values change.
+        given: parameters whose values enter a block with its other values, under their nodes.
         compute: what linear layers multiply in, float32 or bfloat16.
     """
-    settled = _settled(program, {id(p) for p in trained})
+    settled = _settled(program, {id(p) for p in (*trained, *given)})
     blocks = [
         replace(block, nodes=tuple(n for n in block.nodes if n not in settled))
         for block in outline(program)
@@ -139,11 +149,11 @@ def _leaving(
     return found[::-1]
 
 
-def _settled(program: Program, trained: Collection[int]) -> set[Node]:
-    """The calls that neither inputs nor trained parameters reach."""
+def _settled(program: Program, moving: Collection[int]) -> set[Node]:
+    """The calls that neither inputs nor these parameters reach."""
     found: set[Node] = set()
     for node in program.graph.nodes:
-        moves = any(id(p) in trained for p in _parameters(program.module, node))
+        moves = any(id(p) in moving for p in _parameters(program.module, node))
         if node.op not in ("call_function", "call_module") or moves:
             continue
         if all(x in found or x.op == "get_attr" for x in node.all_input_nodes):

@@ -1,12 +1,13 @@
 """Run a program with gradients: the student of the end-to-end stage.
 
 With checkpointing only what enters a block is kept, and the block runs again in the backward
-pass.
+pass. Sharded, each rank holds a part of the frozen matrices of each block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ from fptq_compiler.optimize.block_function import (
     logits_node,
     stream,
 )
+from fptq_compiler.optimize.shards import Shards, frozen_matrices, release, restore
 
 
 class Student:
@@ -35,6 +37,7 @@ class Student:
         *,
         compute: torch.dtype = torch.float32,
         checkpointing: bool = False,
+        sharded: bool = False,
     ) -> None:
         """Compute what is constant.
 
@@ -43,10 +46,17 @@ class Student:
             trained: the parameters whose values change.
             compute: what linear layers multiply in, float32 or bfloat16.
             checkpointing: keep what enters a block and compute the rest again.
+            sharded: hold a part of the frozen matrices; the other ranks hold the rest.
         """
         self.program = program
         self._checkpointing = checkpointing
-        self._blocks = list(block_functions(program, trained, compute=compute))
+        self._matrices = frozen_matrices(program, trained) if sharded else {}
+        given = self._matrices.values()
+        self._blocks = list(block_functions(program, trained, given=given, compute=compute))
+        self._shards = [
+            Shards(program, [m for m in self._matrices if m in block.read])
+            for block in self._blocks if sharded
+        ]
         self._logits = logits_node(program)
 
     def __call__(self, ids: Tensor, watch: Watcher | None = None) -> Tensor:
@@ -75,6 +85,13 @@ class Student:
             raise OptimizationError(message)
         return found
 
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside, and after an error, the program's parameters hold nothing that shards hold."""
+        release(self._matrices.values())
+        yield
+        restore(self._matrices, self._shards)
+
     def first_infinite(self, ids: Tensor) -> str | None:
         """The first node whose value is not finite, with its line in the model's code."""
         return first_infinite(partial(self, ids))
@@ -84,12 +101,11 @@ class Student:
     ) -> Environment:
         """What is left to read behind the blocks."""
         values = bind_inputs(self.program.module, self.program.arguments(ids), None)
-        for block in blocks:
+        for index, block in enumerate(blocks):
             run = partial(block, watch=watch)
             if self._checkpointing and torch.is_grad_enabled():
-                values = checkpoint(run, values, use_reentrant=False, preserve_rng_state=False)
-            else:
-                values = run(values)
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            values = self._shards[index](run, values) if self._shards else run(values)
         return values
 
 
