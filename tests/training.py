@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,22 @@ TRAINED = Recipe(
 NOTHING_KEPT = TrainingFile(None)
 
 
+class LastValues:
+    """A keeper that also has the values of the last state: those at the end are not the best."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self.values: dict[str, Tensor] = {}
+
+    def load(self) -> dict[str, object] | None:
+        return self.keeper.load()
+
+    def save(self, state: dict[str, Any]) -> None:
+        self.keeper.save(state)
+        named = zip(state["shapes"], state["values"], strict=True)
+        self.values = {f"last of {name}": value.clone() for name, value in named}
+
+
 def train_toy(
     keeper: Keeper = NOTHING_KEPT,
     *,
@@ -33,12 +52,13 @@ def train_toy(
     config: ToyConfig = SMALL,
     recipe: Recipe = TRAINED,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train a toy; gives the frozen program's parameters and the losses of the steps."""
-    program, stage = before_training(keeper, config=config, recipe=recipe)
+    """Train a toy; gives the frozen program's parameters, the last values, and the losses."""
+    last = LastValues(keeper)
+    program, stage = before_training(last, config=config, recipe=recipe)
     report = Report(origin="toy", recipe="", seed=0)
     ids = make_tokens(config, 4, 16)
     quantize(program, recipe, ids, report, progress or SilentProgress(), training=stage)
-    return dict(program.module.state_dict()), report.curves["end to end"]
+    return {**program.module.state_dict(), **last.values}, report.curves["end to end"]
 
 
 def before_training(
@@ -50,6 +70,13 @@ def before_training(
     left = transform(program, recipe, make_tokens(config, 4, 16), report, SilentProgress())
     rows = make_tokens(config, 12, recipe.training.length)
     return program, TrainingStage(left.original, left.transformed, left.maps, rows, keeper)
+
+
+def last_values(work: Path) -> dict[str, Tensor]:
+    """The trained values of the state that a work folder holds."""
+    (path,) = work.glob("training-*.pt")
+    state = torch.load(path)
+    return dict(zip(state["shapes"], state["values"], strict=True))
 
 
 def same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:

@@ -17,7 +17,7 @@ from fptq_compiler.optimize import training
 from fptq_compiler.optimize.training_state import KEEP_EVERY
 from tests.conftest import REPOSITORY
 from tests.shop import Shop
-from tests.training import STEPS, TRAINED
+from tests.training import STEPS, TRAINED, last_values, same_values
 
 SECONDS = 300  # until the first state is kept, on a slow machine
 RECIPE = replace(TRAINED, training=replace(STEPS, steps=2 * KEEP_EVERY))
@@ -27,11 +27,11 @@ RECIPE = replace(TRAINED, training=replace(STEPS, steps=2 * KEEP_EVERY))
 def test_a_killed_compilation_goes_on_to_the_same_file(
     shop: Shop, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shop.compile(toy, recipe=RECIPE) == 0, shop.said
+    whole, folder = shop.folder / "whole", shop.folder / "work"
+    assert shop.compile(toy, "--work-dir", whole, recipe=RECIPE) == 0, shop.said
     uninterrupted = shop.output.read_bytes()
     for path in shop.output.parent.iterdir():
         path.unlink()
-    folder = shop.folder / "work"
     kill_when_a_state_is_kept(shop, toy, folder)
     assert not shop.output.exists()
     (state,) = folder.glob("training-*.pt")
@@ -45,6 +45,7 @@ def test_a_killed_compilation_goes_on_to_the_same_file(
     )
     assert shop.compile(toy, "--work-dir", folder, recipe=RECIPE) == 0, shop.said
     assert len(steps) == RECIPE.training.steps - kept
+    assert same_values(last_values(folder), last_values(whole))
     assert shop.output.read_bytes() == uninterrupted
 
 

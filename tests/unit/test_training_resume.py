@@ -20,7 +20,14 @@ from fptq_compiler.stages import take_in
 from fptq_compiler.work import TrainingFile, WorkFolder
 from tests.compiling import SMALL, compile_toy, exported
 from tests.toys import make_tokens
-from tests.training import STEPS, TRAINED, before_training, same_values, train_toy
+from tests.training import (
+    STEPS,
+    TRAINED,
+    before_training,
+    last_values,
+    same_values,
+    train_toy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -200,15 +207,17 @@ def test_the_file_of_a_stopped_compilation_is_the_same(
     files = [tmp_path / "whole" / "toy.onnx", tmp_path / "stopped" / "toy.onnx"]
     for path in files:
         path.parent.mkdir()
-    compile_toy(SMALL, TRAINED, files[0])
+    works = [tmp_path / "work of whole", tmp_path / "work of stopped"]
+    compile_toy(SMALL, TRAINED, files[0], work_dir=works[0])
     with monkeypatch.context() as patch:
         stopping = raising(training.average_gradients, 3, KeyboardInterrupt)
         patch.setattr(training, "average_gradients", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compile_toy(SMALL, TRAINED, files[1], work_dir=tmp_path / "work")
+            compile_toy(SMALL, TRAINED, files[1], work_dir=works[1])
     assert not files[1].exists()
     with monkeypatch.context() as patch:
         patch.setattr(stages, "optimize_locally", None)  # its maps come from the work folder
-        made = compile_toy(SMALL, TRAINED, files[1], work_dir=tmp_path / "work")
+        made = compile_toy(SMALL, TRAINED, files[1], work_dir=works[1])
     assert len(made.report.curves["end to end"]) == STEPS.steps
+    assert same_values(last_values(works[1]), last_values(works[0]))
     assert files[1].read_bytes() == files[0].read_bytes()
