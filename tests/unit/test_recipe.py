@@ -136,6 +136,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         'compute = "auto"\n'
         "residual = false\n"
         "checkpointing = false\n"
+        "sharded = false\n"
         "\n[calibration]\n"
         "samples = 8\n"
         "length = 256\n"
