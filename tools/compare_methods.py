@@ -4,8 +4,10 @@
 
 Every recipe is compiled at every setting by the command in a process of its own, and the file's
 perplexity measured through ONNX Runtime. DIR gets methods.json and methods.md, and after a stop
-the same command goes on there: what is finished for the same settings is not done again. Further
-words for fptq-compile go in one string, as in --options "--samples 16".
+the same command goes on there: what is finished for the same settings is not done again.
+--steps N sets the length of every training; recipes without one stay without, unless a plus stands
+behind the name, as in quarot+. Further words for fptq-compile go in one string, as in
+--options "--samples 16".
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from fptq_compiler.bench.result import Settings
 from fptq_compiler.cli.console import listening
 from fptq_compiler.cli.evaluate import open_model
 from fptq_compiler.perplexity import perplexity
-from fptq_compiler.recipe import BUILT_IN
+from fptq_compiler.recipe import BUILT_IN, TrainingRecipe, load_recipe
 from fptq_compiler.report import write_text_whole
 from fptq_compiler.runtime.model_file import read_model_file
 from fptq_compiler.text import load_tokenizer, token_stream
 
-RECIPES = "rtn,rtn-trained,smoothquant,quarot,spinquant,flatquant,fptquant-local,fptquant"
+RECIPES = (
+    "rtn,rtn-trained,smoothquant,smoothquant+,quarot,quarot+,spinquant,flatquant,fptquant-local,"
+    "fptquant"
+)
 ORIGINAL = "original"
 COLUMNS = {
     "perplexity": "perplexity",
@@ -81,11 +86,19 @@ def _figure(key: str, value: float | None) -> str:
     return f"{value:,.1f}" if key == "perplexity" else f"{value:,.0f}"
 
 
+def words_for(recipe: str, steps: int) -> str:
+    """The words of fptq-compile that name a recipe, and the length of its training."""
+    name = recipe.removesuffix("+")
+    trains = name != recipe or load_recipe(name).training.steps > 0
+    return f"--recipe {name} --steps {steps}" if trains else f"--recipe {name}"
+
+
 def compiled(
-    model: Path, calibration: Path, folder: Path, recipe: str, bits: str, options: str
+    model: Path, calibration: Path, folder: Path, recipe: str, bits: str, steps: int, options: str
 ) -> Cell:
     """What one compilation costs and gives, without its perplexity; the file is out.onnx."""
-    report = measure(model, calibration, folder, bits, f"--recipe {recipe} {options}")
+    words = f"{words_for(recipe, steps)} {options}"
+    report = measure(model, calibration, folder, bits, words)
     used = totals(report)
     memory = measure_memory(read_model_file(folder / "out.onnx"), Settings(threads=1))
     cell = {
@@ -106,19 +119,22 @@ def compiled(
     "--recipes", default=RECIPES, show_default=True, help=f"Of {', '.join(BUILT_IN)}, or files."
 )
 @click.option("--bits", default="4-8-8,4-4-4", show_default=True)
+@click.option(
+    "--steps", default=TrainingRecipe.steps, show_default=True, help="Of the recipes that train."
+)
 @click.option("--options", default="", help="Further words for fptq-compile, in one string.")
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path))
 @click.option("--window", default=512, show_default=True)
 @click.option("--tokens", default=4096, show_default=True)
 def main(
     model: Path, text: Path, calibration: Path, folder: Path, recipes: str, bits: str,
-    options: str, tokenizer: Path | None, window: int, tokens: int,
+    steps: int, options: str, tokenizer: Path | None, window: int, tokens: int,
 ) -> None:
     """Fill the table, print it and keep it in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": model.name, "text": text.name, "calibration": calibration.name,
-        "options": options, "window": window, "tokens": tokens,
+        "steps": steps, "options": options, "window": window, "tokens": tokens,
     }
     results = Results(folder / "methods.json", settings)
     stream = token_stream(text, load_tokenizer(tokenizer or model), tokens)
@@ -130,7 +146,7 @@ def main(
     def cell(recipe: str, setting: str) -> Cell:
         if recipe == ORIGINAL:
             return {"perplexity": read(model)}
-        found = compiled(model, calibration, folder, recipe, setting, options)
+        found = compiled(model, calibration, folder, recipe, setting, steps, options)
         return {"perplexity": read(folder / "out.onnx"), **found}
 
     wanted = [(ORIGINAL, "16-16-16")]

@@ -23,7 +23,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_its_recipes_are_built_in(tool: Any) -> None:
-    assert set(tool.RECIPES.split(",")) <= set(BUILT_IN)
+    assert {name.removesuffix("+") for name in tool.RECIPES.split(",")} <= set(BUILT_IN)
 
 
 def test_finished_cells_are_kept_for_the_same_settings(tool: Any, tmp_path: Path) -> None:
@@ -66,13 +66,17 @@ def test_the_whole_table(
         (tmp_path / name).touch()
     arguments = [
         str(tmp_path / "m.gguf"), "--text", str(tmp_path / "t.txt"), "--calibration",
-        str(tmp_path / "c.txt"), "--folder", str(tmp_path / "out"), "--recipes", "rtn,quarot",
-        "--bits", "4-4-4", "--options", "--steps 100",
+        str(tmp_path / "c.txt"), "--folder", str(tmp_path / "out"), "--recipes", "rtn,quarot+,spinquant",
+        "--bits", "4-4-4", "--steps", "100", "--options", "--samples 16",
     ]
     done = CliRunner().invoke(tool.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    assert commands == ["4-4-4 --recipe rtn --steps 100", "4-4-4 --recipe quarot --steps 100"]
+    assert commands == [
+        "4-4-4 --recipe rtn --samples 16",
+        "4-4-4 --recipe quarot --steps 100 --samples 16",
+        "4-4-4 --recipe spinquant --steps 100 --samples 16",
+    ]
     rows = (tmp_path / "out" / "methods.md").read_text().splitlines()
     assert rows[1] == "|---|---|---|---|---|---|---|---|"
     assert rows[2] == "| original | 16-16-16 | 1,234.6 |  |  |  |  |  |"
-    assert rows[4] == "| quarot | 4-4-4 | 1,234.6 | 2 | 1,200 | 5 | 4,608 | 7 |"
+    assert rows[4] == "| quarot+ | 4-4-4 | 1,234.6 | 2 | 1,200 | 5 | 4,608 | 7 |"
