@@ -67,7 +67,8 @@ def test_the_whole_table(
     arguments = [
         str(tmp_path / "m.gguf"), "--text", str(tmp_path / "t.txt"), "--calibration",
         str(tmp_path / "c.txt"), "--folder", str(tmp_path / "out"),
-        "--recipes", "rtn,quarot+,spinquant", "--bits", "4-4-4", "--steps", "100", "--options", "--samples 16",
+        "--recipes", "rtn,quarot+,spinquant", "--bits", "4-4-4", "--steps", "100",
+        "--options", "--samples 16",
     ]
     done = CliRunner().invoke(tool.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0
