@@ -1,24 +1,26 @@
-"""Each transform alone, all but each, and all: perplexity of the quantised model on real text.
+"""What each transform, and each setting, is worth: perplexity of the quantised model on real text.
 
     python3 tools/ablation.py MODEL --text FILE --calibration FILE --bits 4-8-8,4-4-4
 
-The frozen program itself is evaluated; its codes are those of the ONNX file (every compilation
-checks that), so the figures are the file's, without the time of lowering fourteen times.
+Rows are sets of transforms (--cases: each alone, all but each, all) or settings of the recipe, as
+in --cases "" --steps 24 --vary "both:" --vary "ranges only: training.transforms_rate=0". The
+frozen program itself is evaluated; its codes are those of the ONNX file (every compilation checks
+that), so the figures are the file's, without the time of lowering fourteen times.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from fptq_compiler.calibration import training_rows
 from fptq_compiler.capture import capture
 from fptq_compiler.closed_config import read_record
 from fptq_compiler.graph.program import Program
@@ -28,6 +30,8 @@ from fptq_compiler.recipe import TRANSFORMS, Recipe, load_recipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages import quantize, take_in, transform, vocabulary_of
 from fptq_compiler.text import load_calibration, load_tokenizer, token_stream
+from fptq_compiler.training_stage import TrainingStage
+from fptq_compiler.work import TrainingFile
 
 
 def cases(which: str) -> dict[str, str]:
@@ -39,7 +43,20 @@ def cases(which: str) -> dict[str, str]:
         found[f"all but {name}"] = ",".join(t for t in TRANSFORMS if t != name)
     found["Hadamards"] = "residual,value,hadamard"
     found["Hadamards + scaling"] = "residual,value,hadamard,scaling"
-    return found if which == "table" else {w: found[w] for w in which.split(";")}
+    return found if which == "table" else {w: found[w] for w in which.split(";") if w}
+
+
+def frozen(original: Program, recipe: Recipe, ids: Tensor, rows: Tensor | None) -> Program:
+    """The quantised program of a recipe, trained on the rows (N, S) where there are any."""
+    program, report, silent = original.copy(), Report(origin="ablation"), SilentProgress()
+    left = transform(program, recipe, ids, report, silent)
+    stage = None
+    if rows is not None and left is not None:
+        stage = TrainingStage(
+            left.original, left.transformed, left.maps, rows, TrainingFile(None)
+        )
+    quantize(program, recipe, ids, report, silent, training=stage)
+    return program
 
 
 @click.command()
@@ -48,54 +65,57 @@ def cases(which: str) -> dict[str, str]:
 @click.option("--calibration", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--bits", default="4-8-8,4-4-4", show_default=True)
 @click.option("--recipe", "recipe_name", default="fptquant-local", show_default=True)
+@click.option("--steps", default=0, show_default=True, help="Of end-to-end training.")
 @click.option("--window", default=512, show_default=True)
 @click.option("--tokens", default=4096, show_default=True)
 @click.option(
     "--cases", "which", default="table", show_default=True, help="Labels, with ; between."
 )
+@click.option(
+    "--vary", "variants", multiple=True, metavar="LABEL: FIELD=VALUE …",
+    help="A further row, the recipe with these fields.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--set", "settings", multiple=True, help="A recipe field, as local.steps=0.")
 def main(
-    model: Path, text: Path, calibration: Path, bits: str, recipe_name: str, window: int,
-    tokens: int, which: str, json_path: Path | None, settings: tuple[str, ...],
+    model: Path, text: Path, calibration: Path, bits: str, recipe_name: str, steps: int,
+    window: int, tokens: int, which: str, variants: tuple[str, ...], json_path: Path | None,
+    settings: tuple[str, ...],
 ) -> None:
     """Print the table, and write it as JSON where asked."""
     captured = capture(model)
     original = take_in(captured.program)
     tokenizer = load_tokenizer(captured.tokenizer or model)
     stream = token_stream(text, tokenizer, tokens)
-    recipe = changed(load_recipe(recipe_name).override(verify="off"), settings)
+    recipe = changed(load_recipe(recipe_name).override(verify="off", steps=steps), settings)
+    vocabulary = vocabulary_of(original)
     ids = load_calibration(
         calibration, tokenizer=tokenizer, samples=recipe.calibration.samples,
-        length=recipe.calibration.length, vocabulary=vocabulary_of(original),
+        length=recipe.calibration.length, vocabulary=vocabulary,
     ).ids
+    rows = None
+    if recipe.trains:
+        rows = training_rows(calibration, captured.tokenizer or model, recipe, vocabulary, ids)
+    recipes = {label: recipe.override(transforms=w) for label, w in cases(which).items()}
+    for variant in variants:
+        label, _, fields = variant.partition(":")
+        recipes[label] = changed(recipe, tuple(fields.split()))
     console, widths = Console(), bits.split(",")
     exact = perplexity(original.run, stream, window, tokens).perplexity
     console.print(f"original: {exact:.2f}")
-    rows: dict[str, list[float]] = {}
-    for label, words in cases(which).items():
+    found: dict[str, list[float]] = {}
+    for label, chosen in recipes.items():
         started = time.perf_counter()
-        report, silent = Report(origin="ablation"), SilentProgress()
-        rows[label] = []
-        block: int | None = None
+        found[label] = []
         for setting in widths:
-            chosen = recipe.override(transforms=words, bits=setting)
-            if chosen.hadamard_block != block:  # the same transforms otherwise
-                folded = Program(copy.deepcopy(original.module), original.inputs)
-                transform(folded, chosen, ids, report, silent)
-                block = chosen.hadamard_block
-            program = replace(
-                folded, module=copy.deepcopy(folded.module), facts=set(folded.facts),
-                activation_quantizers=[], weight_quantizers=[],
-            )
-            quantize(program, chosen, ids, report, silent)
-            rows[label].append(perplexity(program.run, stream, window, tokens).perplexity)
-        words = ", ".join(f"{w}: {v:,.2f}" for w, v in zip(widths, rows[label], strict=True))
+            program = frozen(original, chosen.override(bits=setting), ids, rows)
+            found[label].append(perplexity(program.run, stream, window, tokens).perplexity)
+        words = ", ".join(f"{w}: {v:,.2f}" for w, v in zip(widths, found[label], strict=True))
         console.print(f"{label}: {words} ({time.perf_counter() - started:.0f} s)")
         if json_path is not None:
-            json_path.write_text(json.dumps({"original": exact, "bits": widths, "rows": rows}))
-    table = Table("transforms", *(f"perplexity at {w}" for w in widths))
-    for label, values in rows.items():
+            json_path.write_text(json.dumps({"original": exact, "bits": widths, "rows": found}))
+    table = Table("row", *(f"perplexity at {w}" for w in widths))
+    for label, values in found.items():
         table.add_row(label, *(f"{v:,.1f}" for v in values))
     console.print(table)
 
