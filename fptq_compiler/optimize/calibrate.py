@@ -178,7 +178,7 @@ def _set_range(
     module = program.module.get_submodule(record.module)
     assert isinstance(module, ActivationFakeQuantizer)
     factor = 1.0
-    if sinks == "first-position" and record.role == "linear input" and values.shape[1] > 1:
+    if sinks == "first-position" and record.role == "linear input":
         factor = sink_factor(values)
     if factor != 1.0:
         values = values.clone()
@@ -198,7 +198,12 @@ def _quantized_mean(node: Node, exact: Tensor, result: Calibration) -> Tensor:
 
 
 def sink_factor(values: Tensor) -> float:
-    """The power of two that brings position 0 of (B, S, C) to the range of all others, or 1."""
+    """The power of two that brings position 0 of (B, S, C) to the range of all others, or 1.
+
+    Where tokens stand without their positions, as (T, C), there is no first one.
+    """
+    if values.dim() != 3 or values.shape[1] == 1:
+        return 1.0
     first = float(values[:, 0].abs().max())
     rest = float(values[:, 1:].abs().max())
     if not first > SINK_RATIO * rest or rest == 0.0:

@@ -93,6 +93,14 @@ def test_a_sink_is_a_first_position_far_wider_than_the_rest() -> None:
     assert sink_factor(values) == 1.0
 
 
+def test_tokens_without_positions_have_no_sink() -> None:
+    values = torch.ones(6, 4)
+    values[:, 0] = 100.0  # a wide channel, not a wide position
+    assert sink_factor(values) == 1.0
+    assert sink_factor(values.unsqueeze(1)) == 1.0
+    assert sink_factor(values.unsqueeze(0)) == 1.0
+
+
 def test_sinks_get_a_factor_only_where_asked(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
