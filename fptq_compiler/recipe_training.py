@@ -24,6 +24,8 @@ class TrainingRecipe:
         length: tokens of a sequence.
         objective: what is minimised, the mean over tokens.
         top_k: of "top-k-kl", the teacher's likeliest tokens that count.
+        remember_teacher: of "top-k-kl", keep what the original says of each sequence, 8 top_k
+            bytes a token: for a text that is read more than once.
         transforms_rate, weights_rate, activations_rate, zero_points_rate: learning rates of the
             maps, of the logarithms of weight and activation scales, and of zero-points in codes.
         warmup: share of the steps in which the rates rise; then they fall as a cosine.
@@ -46,6 +48,7 @@ class TrainingRecipe:
     length: int = 256
     objective: str = "jensen-shannon"
     top_k: int = 256
+    remember_teacher: bool = False
     transforms_rate: float = 3e-3
     weights_rate: float = 3e-3
     activations_rate: float = 3e-3
@@ -72,6 +75,13 @@ class TrainingRecipe:
         for name in ("batch", "top_k", "rank", "held_out", "evaluate_every"):
             check_at_least(f"training.{name}", getattr(self, name), 1)
         check_at_least("training.length", self.length, 2)
+        if self.remember_teacher and (self.objective != "top-k-kl" or self.sharded):
+            message = (
+                f'training.remember_teacher with objective "{self.objective}" and sharded = '
+                f'{str(self.sharded).lower()}: it needs "top-k-kl", of which little has to be '
+                "kept, and a teacher that every process has"
+            )
+            raise RecipeError(message)
         rates = ("transforms", "weights", "activations", "zero_points", "correction")
         for name in (*(f"{rate}_rate" for rate in rates), "clip"):
             if not 0.0 <= getattr(self, name) < float("inf"):

@@ -118,7 +118,9 @@ class TrainingStage:
         recipe: Recipe, report: Report, progress: Progress,
     ) -> None:
         chosen = recipe.training
-        goal = objective(chosen.objective, chosen.top_k)
+        goal = objective(
+            chosen.objective, chosen.top_k, remember_teacher=chosen.remember_teacher
+        )
         taught = self.transformed if chosen.objective == "hidden-mse" else self.original
         trained = [p for group in groups for p in group.parameters.values()]
         with held_for_many_runs(taught.module):

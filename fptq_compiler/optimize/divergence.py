@@ -54,8 +54,27 @@ def top_k_kl(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tenso
         ValueError: the shapes differ, or there are no tokens.
     """
     _check(student_logits, teacher_logits)
-    likely, ids = teacher_logits.topk(min(k, teacher_logits.shape[-1]), dim=-1)
-    return forward_kl(student_logits.gather(-1, ids), likely)
+    return kl_among(student_logits, *likeliest(teacher_logits, k))
+
+
+def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of [..., V], or all, and their ids; both [..., k]."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return values, ids
+
+
+def kl_among(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
+    """The forward KL among some ids of each token, in nats.
+
+    Args:
+        student_logits: [..., V], finite, of any float type; gradients flow to them.
+        teacher_logits: [..., k], of those ids.
+        ids: [..., k] of int64.
+
+    Returns:
+        float32 [].
+    """
+    return forward_kl(student_logits.gather(-1, ids), teacher_logits)
 
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

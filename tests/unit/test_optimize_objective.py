@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fptq_compiler.graph.evaluate import Watcher
 from fptq_compiler.optimize.divergence import forward_kl, jensen_shannon, top_k_kl
 from fptq_compiler.optimize.objective import objective
 from fptq_compiler.optimize.student import Student
 from fptq_compiler.recipe_training import OBJECTIVES
 from tests.quantized_toy import Quantized, groups_of, parameters_of, quantized
+
+PAIRS = ([0, 1], [1, 2])
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,7 @@ def toy() -> Iterator[Quantized]:
         yield made
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_teacher_itself_has_no_distance(toy: Quantized, name: str) -> None:
     teacher = Student(toy.transformed)
@@ -25,6 +29,7 @@ def test_the_teacher_itself_has_no_distance(toy: Quantized, name: str) -> None:
     assert float(objective(name, 8)(Student(toy.program), teacher, toy.rows[:2])) > 1e-4
 
 
+@torch.no_grad()
 def test_names_are_what_they_say(toy: Quantized) -> None:
     student, teacher, ids = Student(toy.program), Student(toy.original), toy.rows[:2]
     logits = student(ids), teacher(ids)
@@ -35,6 +40,27 @@ def test_names_are_what_they_say(toy: Quantized) -> None:
     assert len({float(value) for value in found.values()}) == 3
 
 
+@torch.no_grad()
+def test_a_remembered_teacher_is_asked_once_about_a_sequence(toy: Quantized) -> None:
+    asked: list[torch.Tensor] = []
+
+    class Asked(Student):
+        def __call__(self, ids: torch.Tensor, watch: Watcher | None = None) -> torch.Tensor:
+            asked.append(ids)
+            return super().__call__(ids, watch)
+
+    student, teacher, goal = (
+        Student(toy.program), Asked(toy.original), objective("top-k-kl", 8, remember_teacher=True)
+    )
+    expected = [float(objective("top-k-kl", 8)(student, teacher, toy.rows[i])) for i in PAIRS]
+    asked.clear()
+    for _ in range(2):
+        found = [float(goal(student, teacher, toy.rows[i])) for i in PAIRS]
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(torch.cat(asked), toy.rows[:3])
+
+
+@torch.no_grad()
 def test_hidden_states_are_compared_in_units_of_the_teachers(toy: Quantized) -> None:
     student, teacher, ids = Student(toy.program), Student(toy.transformed), toy.rows[:2]
     expected = teacher.hidden(ids)

@@ -121,6 +121,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "length = 256\n"
         'objective = "jensen-shannon"\n'
         "top_k = 256\n"
+        "remember_teacher = false\n"
         "transforms_rate = 0.003\n"
         "weights_rate = 0.003\n"
         "activations_rate = 0.003\n"
@@ -193,6 +194,7 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nhadamard_block = 48", "expected one of 0, 16, 32, 64, 128, 256, 512"),
         ("[transforms]\nhadamard_block = 'all'", "expected 'auto' or a whole number"),
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
+        ("[training]\nremember_teacher = true", r'"jensen-shannon" .* it needs "top-k-kl"'),
         ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
         ("[cache]\nmax_length = 64", r"no cache to hold so many tokens; ask for one with --kv"),
         ("[cache]\nscales = 'per-channel'", r"no cache to have them; ask for one with --kv-cache"),
