@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from fptq_compiler.errors import CaptureError, RuntimeInputError, VerificationError
 from fptq_compiler.perplexity import ort_logits
 from fptq_compiler.progress import SilentProgress
+from fptq_compiler.recipe import CacheRecipe
 from fptq_compiler.runtime.session_file import SessionFile, write_session_file
 from fptq_compiler.tasks import scoring
 from fptq_compiler.tasks.accuracy import likeliest, share
@@ -20,6 +21,7 @@ from fptq_compiler.tasks.evaluate import TaskResult, evaluate_task
 from fptq_compiler.tasks.rows import read_task
 from fptq_compiler.tasks.scoring import TokenPair, encode_pair, score
 from tests.cached_model import CACHE_TYPES, VOCABULARY, write_cached_model
+from tests.compiling import CACHE_LENGTH, SMALL, compile_toy, quick
 from tests.questions import (
     QUERIES,
     SENTENCES,
@@ -119,6 +121,21 @@ def test_padding_and_the_batch_change_nothing_in_a_file(
     assert score(logits, [longest], SilentProgress(), "toy") == pytest.approx(
         [plain_score(logits, *ids)], rel=FLOAT32
     )
+
+
+def test_padding_and_the_batch_change_nothing_in_a_compiled_file(
+    tmp_path: Path, generator: torch.Generator
+) -> None:
+    """4-bit weights, 8-bit activations and cache, against the program it was made from."""
+    recipe = quick("4-8-8", cache=CacheRecipe(enabled=True, max_length=CACHE_LENGTH))
+    compiled = compile_toy(SMALL, recipe, tmp_path / "toy.onnx")
+    pairs = random_pairs(generator, 12, SMALL.vocabulary)
+    logits = ort_logits(compiled.path, threads=1)
+    together = score(logits, pairs, SilentProgress(), "toy")
+    alone = [score(logits, [pair], SilentProgress(), "toy")[0] for pair in pairs]
+    assert together == pytest.approx(alone, rel=FLOAT32)
+    in_torch = score(compiled.program.run, pairs, SilentProgress(), "toy")
+    assert together == pytest.approx(in_torch, rel=FLOAT32)
 
 
 def test_what_a_model_refuses_is_said_with_the_row(
