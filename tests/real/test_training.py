@@ -13,7 +13,7 @@ from fptq_compiler.cli.entry import run
 
 pytestmark = pytest.mark.slow
 
-BOUND = 38.0  # perplexity at 4-4-4 on unseen stories: trained 34, untrained 43, rounded more
+BOUND = 38.0  # perplexity at 4-4-4 on unseen stories: trained 36, untrained 43, rounded more
 HELD_BACK = 60_000  # characters that neither calibration nor training reads
 
 
@@ -36,8 +36,8 @@ def test_training_at_4_4_4_beats_what_rounding_cannot(
         return perplexity
 
     assert compiled("--recipe", "rtn") > BOUND
-    assert compiled("--steps", "100") < BOUND
+    assert compiled() < BOUND
     curves = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["curves"]
     held_out = curves["end to end, held out"]
     assert min(held_out) < 0.95 * held_out[0]
-    assert len(curves["end to end"]) == 100
+    assert len(curves["end to end"]) == 200

@@ -122,10 +122,10 @@ def test_the_default_recipe_reads_as_written() -> None:
         'objective = "jensen-shannon"\n'
         "top_k = 256\n"
         "remember_teacher = false\n"
-        "transforms_rate = 0.003\n"
-        "weights_rate = 0.003\n"
-        "activations_rate = 0.003\n"
-        "zero_points_rate = 0.02\n"
+        "transforms_rate = 0.0015\n"
+        "weights_rate = 0.0015\n"
+        "activations_rate = 0.0015\n"
+        "zero_points_rate = 0.01\n"
         "warmup = 0.1\n"
         "clip = 1.0\n"
         'weights = "none"\n'
