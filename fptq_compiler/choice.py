@@ -13,13 +13,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from fptq_compiler.graph.program import Program
-from fptq_compiler.progress import Progress, SilentProgress
+from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.recipe_parts import TRANSFORMS
 from fptq_compiler.report import Report
-from fptq_compiler.stages import quantize, transform
-from fptq_compiler.training_stage import TrainingStage
-from fptq_compiler.work import TrainingFile
+from fptq_compiler.trial import freeze
 
 PLACES = (("down_proj",), ("o_proj",), ("down_proj", "o_proj"))
 QUICKER = 4  # times fewer local steps in a trial
@@ -104,12 +102,4 @@ def _trial_loss(program: Program, recipe: Recipe, ids: Tensor, rows: Tensor) -> 
         blockwise=replace(recipe.blockwise, steps=0),
         training=replace(recipe.training, steps=recipe.transforms.trial_steps),
     )
-    report, silent = Report(origin="trial"), SilentProgress()
-    untrained = transform(program, trial, ids, report, silent)
-    assert untrained is not None
-    stage = TrainingStage(
-        untrained.original, untrained.transformed, untrained.maps, rows,
-        TrainingFile(None),
-    )
-    quantize(program, trial, ids, report, silent, training=stage)
-    return min(report.curves["end to end, held out"])
+    return min(freeze(program, trial, ids, rows).curves["end to end, held out"])

@@ -18,20 +18,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from fptq_compiler.calibration import training_rows
 from fptq_compiler.capture import capture
 from fptq_compiler.closed_config import read_record
-from fptq_compiler.graph.program import Program
 from fptq_compiler.perplexity import perplexity
-from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import TRANSFORMS, Recipe, load_recipe
-from fptq_compiler.report import Report
-from fptq_compiler.stages import quantize, take_in, transform, vocabulary_of
+from fptq_compiler.stages import take_in, vocabulary_of
 from fptq_compiler.text import load_calibration, load_tokenizer, token_stream
-from fptq_compiler.training_stage import TrainingStage
-from fptq_compiler.work import TrainingFile
+from fptq_compiler.trial import freeze
 
 
 def cases(which: str) -> dict[str, str]:
@@ -44,19 +39,6 @@ def cases(which: str) -> dict[str, str]:
     found["Hadamards"] = "residual,value,hadamard"
     found["Hadamards + scaling"] = "residual,value,hadamard,scaling"
     return found if which == "table" else {w: found[w] for w in which.split(";") if w}
-
-
-def frozen(original: Program, recipe: Recipe, ids: Tensor, rows: Tensor | None) -> Program:
-    """The quantised program of a recipe, trained on the rows (N, S) where there are any."""
-    program, report, silent = original.copy(), Report(origin="ablation"), SilentProgress()
-    left = transform(program, recipe, ids, report, silent)
-    stage = None
-    if rows is not None and left is not None:
-        stage = TrainingStage(
-            left.original, left.transformed, left.maps, rows, TrainingFile(None)
-        )
-    quantize(program, recipe, ids, report, silent, training=stage)
-    return program
 
 
 @click.command()
@@ -108,7 +90,8 @@ def main(
         started = time.perf_counter()
         found[label] = []
         for setting in widths:
-            program = frozen(original, chosen.override(bits=setting), ids, rows)
+            program = original.copy()
+            freeze(program, chosen.override(bits=setting), ids, rows)
             found[label].append(perplexity(program.run, stream, window, tokens).perplexity)
         words = ", ".join(f"{w}: {v:,.2f}" for w, v in zip(widths, found[label], strict=True))
         console.print(f"{label}: {words} ({time.perf_counter() - started:.0f} s)")

@@ -64,7 +64,7 @@ def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def kl_among(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
-    """The forward KL among some ids of each token, in nats.
+    """The forward KL among some ids of each token (arXiv 2501.13987), in nats.
 
     Args:
         student_logits: [..., V], finite, of any float type; gradients flow to them.
@@ -73,6 +73,9 @@ def kl_among(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Ten
 
     Returns:
         float32 [].
+
+    Raises:
+        ValueError: there are no tokens, or the shapes differ.
     """
     return forward_kl(student_logits.gather(-1, ids), teacher_logits)
 

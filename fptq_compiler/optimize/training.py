@@ -119,7 +119,7 @@ def train(
                 loss = objective(student, teacher, ids)
                 mean = mean_over_ranks(loss.detach())
                 _refuse_infinite(student, mean, ids, state.step)
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(loss)
             average_gradients(parameters)
             _clip_gradients(groups, plan.clip, state.step)
             state.advance(mean)

@@ -1,0 +1,36 @@
+"""A program frozen by a recipe in one call, with nothing kept and nobody told: for comparisons."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fptq_compiler.graph.program import Program
+from fptq_compiler.progress import SilentProgress
+from fptq_compiler.recipe import Recipe
+from fptq_compiler.report import Report
+from fptq_compiler.stages import quantize, transform
+from fptq_compiler.training_stage import TrainingStage
+from fptq_compiler.work import TrainingFile
+
+
+def freeze(program: Program, recipe: Recipe, ids: Tensor, rows: Tensor | None) -> Report:
+    """Transform, quantise, train and freeze a program in place; gives the report.
+
+    Args:
+        program: as `take_in` leaves it.
+        recipe: how.
+        ids: calibration tokens (samples, length).
+        rows: training tokens (N, S); None leaves the training out.
+
+    Raises:
+        FptqError: as the stages do.
+    """
+    report, silent = Report(origin="trial"), SilentProgress()
+    left = transform(program, recipe, ids, report, silent)
+    stage = None
+    if rows is not None and left is not None:
+        stage = TrainingStage(
+            left.original, left.transformed, left.maps, rows, TrainingFile(None)
+        )
+    quantize(program, recipe, ids, report, silent, training=stage)
+    return report
