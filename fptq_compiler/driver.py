@@ -32,7 +32,6 @@ from fptq_compiler.inspection import ExportCost, Inspection
 from fptq_compiler.lower import lower
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.write import staging
-from fptq_compiler.measurements import Measurements
 from fptq_compiler.optimize.ranks import leave_ranks
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
@@ -51,8 +50,9 @@ from fptq_compiler.stages import (
     transform,
     vocabulary_of,
 )
+from fptq_compiler.stages.measuring import Measurements
+from fptq_compiler.stages.training import TrainingStage
 from fptq_compiler.summary import site_rows
-from fptq_compiler.training_stage import TrainingStage
 from fptq_compiler.unrecognised import unrecognised
 from fptq_compiler.work import WorkFolder
 

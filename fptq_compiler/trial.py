@@ -9,7 +9,7 @@ from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages import quantize, transform
-from fptq_compiler.training_stage import TrainingStage
+from fptq_compiler.stages.training import TrainingStage
 from fptq_compiler.work import TrainingFile
 
 

@@ -20,7 +20,7 @@ from fptq_compiler.processes import joined
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.report import Report
 from fptq_compiler.stages import quantize
-from fptq_compiler.training_stage import TrainingStage
+from fptq_compiler.stages.training import TrainingStage
 from fptq_compiler.transforms.dense import shared_evaluation
 from fptq_compiler.work import TrainingFile
 from tests.compiling import SMALL

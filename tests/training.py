@@ -14,7 +14,7 @@ from fptq_compiler.progress import Progress, SilentProgress
 from fptq_compiler.recipe import CalibrationRecipe, LocalRecipe, Recipe, TrainingRecipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages import quantize, take_in, transform
-from fptq_compiler.training_stage import TrainingStage
+from fptq_compiler.stages.training import TrainingStage
 from fptq_compiler.work import TrainingFile
 from tests.compiling import SMALL, exported
 from tests.toys import ToyConfig, make_tokens

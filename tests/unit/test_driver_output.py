@@ -14,9 +14,10 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from fptq_compiler import calibration, driver, lower, stages
+from fptq_compiler import calibration, driver, lower
 from fptq_compiler.lower import write
 from fptq_compiler.recipe import Recipe
+from fptq_compiler.stages import quantizing, transforming
 from tests.compiling import SMALL, exported, quick
 from tests.shop import Shop, save_export
 from tests.toys import make_tokens, make_toy
@@ -101,8 +102,8 @@ def test_a_work_folder_that_is_full(
     ("place", "name"),
     [
         (calibration, "self_generated"),
-        (stages, "optimize_locally"),
-        (stages, "calibrate_activations"),
+        (transforming, "optimize_locally"),
+        (quantizing, "calibrate_activations"),
         (lower, "pack_int4"),
         (lower, "check_parity"),
     ],
@@ -123,7 +124,7 @@ def test_an_earlier_file_survives_a_failure(
     shop: Shop, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop.output.write_bytes(b"earlier")
-    monkeypatch.setattr(stages, "optimize_locally", interrupt)
+    monkeypatch.setattr(transforming, "optimize_locally", interrupt)
     assert shop.compile(toy) == 130
     assert shop.output.read_bytes() == b"earlier"
 
@@ -217,7 +218,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter, Counter]:
     """Counters of the two long pieces of work that a work folder keeps."""
     return (
         Counter(calibration, "self_generated", monkeypatch),
-        Counter(stages, "optimize_locally", monkeypatch),
+        Counter(transforming, "optimize_locally", monkeypatch),
     )
 
 

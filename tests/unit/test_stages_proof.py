@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 
-from fptq_compiler import stages
 from fptq_compiler.errors import VerificationError
 from fptq_compiler.graph import ops
 from fptq_compiler.graph.pipeline import Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.verify import TOLERANCE, Verifier
+from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.passes.fold_norms import FoldNorms
 from fptq_compiler.passes.insert_transforms import InsertUpdown, InsertValue
 from fptq_compiler.passes.untie_weights import UntieWeights
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.report import Report
+from fptq_compiler.stages import transforming
+from fptq_compiler.stages.proof import run_proved
 from tests.compiling import quick
 from tests.passes.steps import ONE, captured
 
@@ -46,10 +48,10 @@ def transform(monkeypatch: pytest.MonkeyPatch, *steps: Pass) -> tuple[Program, R
         return steps
 
     monkeypatch.setattr(Verifier, "error", error)
-    monkeypatch.setattr(stages, "insertion", insertion)
-    monkeypatch.setattr(stages, "_refuse_missing", lambda *_: None)
+    monkeypatch.setattr(transforming, "insertion", insertion)
+    monkeypatch.setattr(transforming, "_refuse_missing", lambda *_: None)
     program, report = captured(ONE), Report("toy")
-    stages.transform(program, RECIPE, None, report, SilentProgress())
+    transforming.transform(program, RECIPE, None, report, SilentProgress())
     return program, report, runs
 
 
@@ -76,7 +78,7 @@ def test_a_copied_program_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> Non
     program = captured(ONE)
     nodes = [n.name for n in program.copy().graph.nodes]
     copied = program.copy()
-    stages._run(copied, stages.FIND_SITES, None, None)
+    run_proved(copied, FIND_SITES, None, None)
     assert copied.sites.attention
     assert not program.sites.attention
     assert [n.name for n in program.graph.nodes] == nodes

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fptq_compiler import stages
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.optimize import training, training_state
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import Recipe
-from fptq_compiler.stages import take_in
+from fptq_compiler.stages import take_in, transforming
 from fptq_compiler.work import TrainingFile, WorkFolder
 from tests.compiling import SMALL, compile_toy, exported
 from tests.toys import make_tokens
@@ -216,7 +215,7 @@ def test_the_file_of_a_stopped_compilation_is_the_same(
             compile_toy(SMALL, TRAINED, files[1], work_dir=works[1])
     assert not files[1].exists()
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "optimize_locally", None)  # its maps come from the work folder
+        patch.setattr(transforming, "optimize_locally", None)  # its maps come from the work folder
         made = compile_toy(SMALL, TRAINED, files[1], work_dir=works[1])
     assert len(made.report.curves["end to end"]) == STEPS.steps
     assert same_values(last_values(works[1]), last_values(works[0]))

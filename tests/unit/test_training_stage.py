@@ -18,7 +18,7 @@ from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import BlockwiseRecipe, LocalRecipe, Recipe, TrainingRecipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages import needs_calibration
-from fptq_compiler.training_stage import TrainingStage
+from fptq_compiler.stages.training import TrainingStage
 from fptq_compiler.work import TrainingFile
 from tests.compiling import SMALL, Compiled, keeping_program, quick, run_onnx
 from tests.quantized_toy import exported_with_outliers
