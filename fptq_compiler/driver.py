@@ -187,7 +187,7 @@ def _compile(
     if found is not None and recipe.trains:
         rows = training_rows(options.calibration, tokenizer, recipe, vocabulary, found)
     if rows is not None and ids is not None and recipe.transforms.choose:
-        recipe = choose_transforms(program, recipe, ids, rows, report, progress)
+        recipe = choose_transforms(program, recipe, ids, rows, report, progress, work=work)
         report.recipe = recipe.to_toml()
     measured = ids is not None and bool(options.reports) and not options.quick_report
     untrained = transform(

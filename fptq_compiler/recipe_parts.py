@@ -130,8 +130,10 @@ class TransformsRecipe:
             matrix of that order; 0 mixes all, which costs two matmuls and a transpose. A width
             that it does not divide is mixed whole. None is "auto": 0 for 4-bit activations,
             which need it, else 32.
-        choose: keep only what lowers the loss on held-out text, tried one by one; it takes a
-            compilation a transform.
+        choose: keep only what lowers the loss on held-out text, tried one by one, then site by
+            site; it takes a compilation a transform.
+        left_out: as `transform.site`, for example "updown.model.layers.3.mlp": where one that
+            applies is not inserted. `choose` fills it in.
         trial_steps: of end-to-end training, in each trial.
     """
 
@@ -147,6 +149,7 @@ class TransformsRecipe:
         default=None, metadata=spelled(read_block, _write_block)
     )
     choose: bool = False
+    left_out: tuple[str, ...] = ()
     trial_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -161,6 +164,13 @@ class TransformsRecipe:
         for name in self.names or ():
             if name not in known:
                 message = f"unknown transform {name!r}: {nearest(name, known)}"
+                raise RecipeError(message)
+        for name in self.left_out:
+            if name.partition(".")[0] not in known or "." not in name:
+                message = (
+                    f"transforms.left_out has {name!r}, expected a transform, a point and a site, "
+                    'as in "updown.model.layers.3.mlp"'
+                )
                 raise RecipeError(message)
         if self.names is None and not self.where_possible:
             message = (

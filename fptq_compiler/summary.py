@@ -21,13 +21,13 @@ def applied_transforms(program: Program) -> dict[str, int]:
     """How many sites each transform was applied at; only those that were."""
     counts = dict.fromkeys((*TRANSFORMS, *NEIGHBOURS), 0)
     for name in program.maps:
-        counts[_transform(name)] += 1
+        counts[transform_of(name)] += 1
     if program.scaled:
         counts["scaling"] = 1
     return {name: count for name, count in counts.items() if count}
 
 
-def _transform(name: str) -> str:
+def transform_of(name: str) -> str:
     """Of a map: `kronecker_output.X` belongs to "kronecker"."""
     return name.partition(".")[0].partition("_")[0]
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fptq_compiler.errors import LoweringError
+from fptq_compiler.errors import LoweringError, RecipeError
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.ranks import rank
 from fptq_compiler.recipe import Recipe
@@ -119,6 +119,34 @@ class WorkFolder:
         }
         with _whole(path) as partial:
             save_file(state, partial, {"curves": json.dumps(curves)})
+
+    def load_choice(self, ids: Tensor, rows: Tensor) -> tuple[Recipe, list[str]] | None:
+        """The recipe that trials on these tokens chose, and why; None if there is none."""
+        path = self._path("choice", "json", ids, rows)
+        if path is None or not path.exists():
+            return None
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            found = Recipe.from_toml(kept["recipe"], path.name), list(kept["decisions"])
+        except (OSError, KeyError, TypeError, ValueError, RecipeError) as error:
+            logger.warning("%s cannot be read (%s); choosing again", path.name, error)
+            return None
+        logger.info("choice of transforms from %s", path.name)
+        return found
+
+    def save_choice(
+        self, ids: Tensor, rows: Tensor, recipe: Recipe, decisions: Sequence[str]
+    ) -> None:
+        """Keep what trials chose.
+
+        Raises:
+            LoweringError: it cannot be written.
+        """
+        path = self._path("choice", "json", ids, rows)
+        if path is not None and rank() == 0:
+            content = json.dumps({"recipe": recipe.to_toml(), "decisions": [*decisions]})
+            with _whole(path) as partial:
+                partial.write_text(content, encoding="utf-8")
 
     def training(self, ids: Tensor, rows: Tensor) -> TrainingFile:
         """Where the state of the end-to-end training is kept.

@@ -80,8 +80,8 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "choose",
     is_flag=True,
     default=None,
-    help="Try each transform, and S_n at each place, in a short training; keep what lowers the "
-    "loss on held-out text.",
+    help="Try each transform, and S_n at each place, in a short training, then each at each site; "
+    "keep what lowers the loss on held-out text.",
 )
 @click.option(
     "--calibration",

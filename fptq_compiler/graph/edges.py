@@ -211,6 +211,17 @@ def insert_online(
     return edge
 
 
+def take_out(program: Program, names: Collection[str]) -> None:
+    """Take maps out of the graph again; what else stands on their parameters stays."""
+    maps = {program.maps.pop(name) for name in names}
+    for node in list(program.graph.nodes):
+        if node.op == "call_module":
+            edge = program.module.get_submodule(str(node.target))
+            if isinstance(edge, (WeightEdge, OnlineEdge)) and edge.transform in maps:
+                node.replace_all_uses_with(input_node(node))
+                program.graph.erase_node(node)
+
+
 def online_map(program: Program, node: Node) -> Map | None:
     """The map that the node computes at run time; None where it is no such node."""
     if node.op != "call_module":

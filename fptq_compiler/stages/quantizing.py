@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,48 +62,25 @@ def quantize(
         measurements: looks at the program between the stages, for the report.
         dump_dir: an existing folder for the graph after each pass.
     """
-    batches = [] if ids is None else [row.unsqueeze(0) for row in ids]
-    rounds = bool(batches) and recipe.bits.weights != FLOAT_BITS and (
-        recipe.weights.rounding == "gptq"
-    )
     with report.stage("quantise"):
-        run_proved(program, (quantizer_placement(recipe),), None, dump_dir)
-        report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
-        steps: list[Pass] = []
-        if ids is not None:
-            found = calibrate_activations(
-                program,
-                batches,
-                p=recipe.activations.p,
-                sinks=recipe.activations.sinks,
-                progress=progress,
-            )
-            report.sqnr.update(found.sqnr)
-            shifts: dict[str, Tensor] = {}
-            if training is None and rounds:
-                shifts = _round(program, recipe, batches, found, report, progress)
-            elif recipe.weights.bias_correction:
-                shifts = mean_shifts(program, found.means)
-            if shifts:
-                steps.append(CorrectBias(shifts))
-            steps.append(ProtectFirstPosition(found.first_position))
-            report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
-        program.facts.add("calibrated")
-        run_proved(program, tuple(steps), None, dump_dir)
+        find_ranges(
+            program, recipe, ids, report, progress,
+            rounded=training is None, dump_dir=dump_dir,
+        )
     if measurements is not None:
         measurements.plain(quantizer_placement(recipe))
         measurements.signal(program, TRANSFORMED)
     if training is not None:
         training.run(program, recipe, report, progress)
         run_proved(program, (FoldTransforms(),), None, dump_dir)
-        if rounds:
-            _round(program, recipe, batches, Calibration(), report, progress)
+        if _rounds(recipe, ids):
+            _round(program, recipe, ids, Calibration(), report, progress)
         if measurements is not None:
             measurements.signal(program, TRAINED)
     if measurements is not None:
         measurements.sensitivity(program)
     with report.stage("freeze"):
-        steps = [FreezeQuantizers()]
+        steps: list[Pass] = [FreezeQuantizers()]
         float_type = float_type_of(recipe)
         if float_type != "float32":
             steps.append(RoundScales(getattr(torch, float_type)))
@@ -126,10 +102,67 @@ def quantizer_placement(recipe: Recipe) -> PlaceQuantizers:
     )
 
 
+def find_ranges(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    report: Report,
+    progress: Progress,
+    *,
+    rounded: bool = False,
+    dump_dir: Path | None = None,
+) -> None:
+    """Place the quantisers and find their ranges; sinks and biases are corrected.
+
+    Args:
+        program: as `transform` leaves it; rewritten in place.
+        recipe: bits and norms.
+        ids: calibration tokens (samples, length); None where no activation is quantised.
+        report: gets signal-to-noise ratios and decisions.
+        progress: listens.
+        rounded: GPTQ, where the recipe has it, rounds the weights now.
+        dump_dir: an existing folder for the graph after each pass.
+    """
+    run_proved(program, (quantizer_placement(recipe),), None, dump_dir)
+    report.sqnr.update(calibrate_weights(program, recipe.weights.p, progress))
+    steps: list[Pass] = []
+    if ids is not None:
+        found = calibrate_activations(
+            program,
+            _sequences(ids),
+            p=recipe.activations.p,
+            sinks=recipe.activations.sinks,
+            progress=progress,
+        )
+        report.sqnr.update(found.sqnr)
+        shifts: dict[str, Tensor] = {}
+        if rounded and _rounds(recipe, ids):
+            shifts = _round(program, recipe, ids, found, report, progress)
+        elif recipe.weights.bias_correction:
+            shifts = mean_shifts(program, found.means)
+        if shifts:
+            steps.append(CorrectBias(shifts))
+        steps.append(ProtectFirstPosition(found.first_position))
+        report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
+    program.facts.add("calibrated")
+    run_proved(program, tuple(steps), None, dump_dir)
+
+
+def _rounds(recipe: Recipe, ids: Tensor | None) -> bool:
+    """Whether GPTQ rounds the weights."""
+    quantised = recipe.bits.weights != FLOAT_BITS
+    return ids is not None and quantised and recipe.weights.rounding == "gptq"
+
+
+def _sequences(ids: Tensor | None) -> list[Tensor]:
+    """Each token sequence as a batch of one."""
+    return [] if ids is None else [row.unsqueeze(0) for row in ids]
+
+
 def _round(
     program: Program,
     recipe: Recipe,
-    batches: Sequence[Tensor],
+    ids: Tensor | None,
     found: Calibration,
     report: Report,
     progress: Progress,
@@ -137,7 +170,7 @@ def _round(
     """Round the weights by GPTQ; gives the shifts that biases correct, where means are found."""
     with report.stage("round weights"):
         rounding = round_weights(
-            program, batches, found,
+            program, _sequences(ids), found,
             correct_bias=recipe.weights.bias_correction and bool(found.means), progress=progress,
         )
     report.sqnr.update(rounding.sqnr)

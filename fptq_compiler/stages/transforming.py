@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from fptq_compiler.errors import UnsupportedModelError
+from fptq_compiler.errors import RecipeError, UnsupportedModelError
 from fptq_compiler.graph.foreign import refuse_custom_operators
 from fptq_compiler.graph.pipeline import Pass
 from fptq_compiler.graph.program import Program
@@ -78,6 +79,32 @@ def transform(
     Returns:
         What the stages that train and the measurements need, where there are any.
     """
+    verifier = find_sites(program, recipe, report, dump_dir=dump_dir)
+    original = program.copy() if recipe.trains or measured else None
+    insert_transforms(
+        program, recipe, ids, report, progress, verifier=verifier, work=work, dump_dir=dump_dir
+    )
+    with report.stage("fold"):
+        maps = trained_maps(program, recipe)
+        folding: list[Pass] = [FoldTransforms(maps), FreezeOnline()]
+        if target_of(recipe.target).epsilon_channel and program.maps.get("residual") not in maps:
+            folding.append(CarryEpsilon())
+        run_proved(program, tuple(folding), verifier, dump_dir)
+        report.online_operations = online_operations(program)
+    if verifier is not None:
+        report.preserved.update(verifier.errors)
+    return Untrained(original, program.copy(), maps) if original is not None else None
+
+
+def find_sites(
+    program: Program, recipe: Recipe, report: Report, *, dump_dir: Path | None = None
+) -> Verifier | None:
+    """Find where transforms may act; gives what proves the passes, unless verification is off.
+
+    Raises:
+        UnsupportedModelError: no transformer, a custom operator, or too much that is unknown.
+        RecipeError: the recipe leaves a transform out where none could be.
+    """
     verifier: Verifier | None = None
     with report.stage("find sites"):
         if recipe.verify != "off":
@@ -92,7 +119,22 @@ def transform(
             logger.warning("not recognised: %s", ", ".join(places))
         demanded = () if recipe.transforms.where_possible else recipe.transforms.candidates
         refuse_unrecognised(demanded, report.unrecognised)
-    original = program.copy() if recipe.trains or measured else None
+        _leave_out(program, recipe.transforms.left_out)
+    return verifier
+
+
+def insert_transforms(
+    program: Program,
+    recipe: Recipe,
+    ids: Tensor | None,
+    report: Report,
+    progress: Progress,
+    *,
+    verifier: Verifier | None = None,
+    work: WorkFolder | None = None,
+    dump_dir: Path | None = None,
+) -> None:
+    """Put the maps on their edges and optimise them locally; arguments as for `transform`."""
     with report.stage("insert transforms"):
         steps = insertion(
             recipe.transforms.candidates,
@@ -108,16 +150,21 @@ def transform(
             set_smoothing(program, [ids], recipe.transforms.smooth_alpha, progress)
     with report.stage("local optimisation"):
         report.curves.update(_optimize(program, recipe, ids, work, progress))
-    with report.stage("fold"):
-        maps = trained_maps(program, recipe)
-        folding: list[Pass] = [FoldTransforms(maps), FreezeOnline()]
-        if target_of(recipe.target).epsilon_channel and program.maps.get("residual") not in maps:
-            folding.append(CarryEpsilon())
-        run_proved(program, tuple(folding), verifier, dump_dir)
-        report.online_operations = online_operations(program)
-    if verifier is not None:
-        report.preserved.update(verifier.errors)
-    return Untrained(original, program.copy(), maps) if original is not None else None
+
+
+def _leave_out(program: Program, names: Sequence[str]) -> None:
+    """Refuse the named transforms, each as `transform.site`."""
+    refused = {site.name: site.refused for site in program.sites.attention}
+    refused |= {site.name: site.refused for site in program.sites.mlp}
+    for name in names:
+        transform, _, place = name.partition(".")
+        if place not in refused:
+            message = (
+                f"transforms.left_out has {name!r}, but this model has no site {place!r}; its "
+                f"sites are {', '.join(refused)}"
+            )
+            raise RecipeError(message)
+        refused[place].setdefault(transform, "left out by the recipe")
 
 
 def refuse_without_sites(program: Program) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
-from fptq_compiler.choice import choose, choose_transforms, variants
+from fptq_compiler import choice
+from fptq_compiler.choice import choose_transforms
+from fptq_compiler.choice.kinds import choose, variants
 from fptq_compiler.graph.dump import dump
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import TRANSFORMS, Recipe, TransformsRecipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages import take_in
+from fptq_compiler.work import WorkFolder
 from tests.compiling import quick
 from tests.toys import ToyConfig, export_toy, make_tokens
 
@@ -57,16 +62,28 @@ def test_a_tie_keeps_what_is_there() -> None:
     assert chosen == Recipe()
 
 
-def test_on_a_program_which_stays_as_it_is() -> None:
+def test_on_a_program_which_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = quick("4-4-4").override(steps=2, choose=True, transforms="auto")
     program = take_in(export_toy(ToyConfig(layers=1)))
     before = dump(program)
     ids = make_tokens(ToyConfig(layers=1), 4, 24)
     report = Report(origin="toy")
-    chosen = choose_transforms(program, recipe, ids[:2], ids, report, SilentProgress())
+    work = WorkFolder(tmp_path, recipe, program)
+    chosen = choose_transforms(
+        program, recipe, ids[:2], ids, report, SilentProgress(), work=work
+    )
     assert dump(program) == before
     assert torch.isfinite(program.run(ids)).all()
-    assert [stage.name for stage in report.stages] == ["choice of transforms"]
+    assert [stage.name for stage in report.stages] == ["choice of transforms", "choice of sites"]
     trials = [d for d in report.decisions if d.startswith("trial")]
     assert len(trials) >= 7
     assert set(chosen.transforms.candidates) <= set(TRANSFORMS)
+    monkeypatch.delattr(choice, "choose_kinds")  # a run that goes on tries nothing again
+    later = Report(origin="toy")
+    again = choose_transforms(
+        program, recipe, ids[:2], ids, later, SilentProgress(), work=work
+    )
+    assert again == chosen
+    assert later.decisions == report.decisions

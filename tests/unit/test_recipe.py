@@ -94,6 +94,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "smooth_alpha = 0.85\n"
         'hadamard_block = "auto"\n'
         "choose = false\n"
+        "left_out = []\n"
         "trial_steps = 20\n"
         "\n[weights]\n"
         "block = 0\n"

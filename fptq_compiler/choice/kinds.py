@@ -17,15 +17,14 @@ from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.recipe_parts import TRANSFORMS
 from fptq_compiler.report import Report
-from fptq_compiler.trial import freeze
+from fptq_compiler.trial import freeze, trial
 
 PLACES = (("down_proj",), ("o_proj",), ("down_proj", "o_proj"))
-QUICKER = 4  # times fewer local steps in a trial
 
 Loss = Callable[[Recipe], float]
 
 
-def choose_transforms(
+def choose_kinds(
     program: Program, recipe: Recipe, ids: Tensor, rows: Tensor, report: Report, progress: Progress
 ) -> Recipe:
     """The recipe with the transforms and places of S_n that lower the held-out loss.
@@ -35,7 +34,7 @@ def choose_transforms(
         recipe: how it is compiled, and by `transforms.trial_steps` how long a trial trains.
         ids: calibration tokens (samples, length).
         rows: training tokens (N, S).
-        report: gets a decision for every trial, and the stage.
+        report: gets a decision for every trial.
         progress: one step a trial.
     """
 
@@ -44,10 +43,9 @@ def choose_transforms(
         progress.advance(1, f"held out {found:.4f}")
         return found
 
-    with report.stage("choice of transforms"):
-        progress.start("choosing transforms", 1 + len(list(variants(recipe))))
-        chosen, decisions = choose(recipe, loss)
-        progress.done()
+    progress.start("choosing transforms", 1 + len(list(variants(recipe))))
+    chosen, decisions = choose(recipe, loss)
+    progress.done()
     report.decisions.extend(decisions)
     return chosen
 
@@ -95,11 +93,7 @@ def _without(name: str) -> Callable[[Recipe], Recipe]:
 
 def _trial_loss(program: Program, recipe: Recipe, ids: Tensor, rows: Tensor) -> float:
     """The least held-out loss of a short training."""
-    trial = replace(
-        recipe,
-        verify="off",
-        local=replace(recipe.local, steps=-(-recipe.local.steps // QUICKER)),
-        blockwise=replace(recipe.blockwise, steps=0),
-        training=replace(recipe.training, steps=recipe.transforms.trial_steps),
-    )
-    return min(freeze(program, trial, ids, rows).curves["end to end, held out"])
+    chosen = trial(recipe)
+    training = replace(chosen.training, steps=recipe.transforms.trial_steps)
+    found = freeze(program, replace(chosen, training=training), ids, rows)
+    return min(found.curves["end to end, held out"])
