@@ -25,6 +25,10 @@ def summary_section(report: Report) -> str:
         "seconds": sum(row.seconds for row in report.stages),
         "peak memory, MB": max((row.peak_rss_mb for row in report.stages), default=0.0),
     }
+    if report.online_operations:
+        figures["multiply-adds a token of online transforms"] = f"{report.online_operations:,}"
+    if report.tokens_per_second is not None:
+        figures["tokens a second in training"] = report.tokens_per_second
     figures |= {f"perplexity of {name}": x for name, x in (report.perplexity or {}).items()}
     return section("In short", terms(figures))
 

@@ -53,6 +53,8 @@ def whole_report(name: str = "blocks.0") -> Report:
         parity={"worst relative": 3.2e-6, "fused": 7},
         decisions=[f"calibrated on {name}"],
         perplexity={"the file": 30.5},
+        online_operations=1_474_560,
+        tokens_per_second=96.25,
     )
 
 
@@ -107,7 +109,8 @@ def test_every_part_is_there_without_matplotlib() -> None:
     for words in (
         "4-8-8", "hadamard: blocks.0", "m.py:3 in blocks.0", "calibrated on blocks.0",
         "end to end, held out", "18.25", "∞", "30", "0.0625", "INT8", "NO", "3.2e-06", "1e-15",
-        "perplexity of the file", "capture", "evaluate_every = 2", "onnxruntime", NO_PLOTS,
+        "perplexity of the file", "1,474,560", "96.25",
+        "capture", "evaluate_every = 2", "onnxruntime", NO_PLOTS,
     ):
         assert words in shown, words
     assert NOT_MEASURED not in shown
