@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 
 import onnx_ir as ir
 import torch
+from torch.export import ExportedProgram
 
 from fptq_compiler.errors import LoweringError
 from fptq_compiler.graph import evaluate
@@ -26,6 +28,7 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
         LoweringError: torch.export or torch.onnx refuses the graph; the cause is quoted.
     """
     _free_strides(program)
+    _spell_casts(program)
     plain = evaluate.default_inputs(program.module, 2, 7, EXAMPLE_PAST)
     example = list(plain.values())
     shapes = tuple(
@@ -41,30 +44,58 @@ def to_onnx(program: Program, target: Target) -> ir.Model:
             exported = torch.export.export(
                 plain_module, tuple(example), dynamic_shapes=shapes, strict=False
             )
-            found = torch.onnx.export(
-                exported,
-                (),
-                opset_version=EXPORTED_OPSET,
-                optimize=False,
-                verbose=False,
-                input_names=[s.name for s in program.inputs],
-                output_names=list(program.outputs),
-                custom_translation_table=target.translations(program),
-            )
+            try:
+                model = _translated(_settled(exported), program, target)
+            except torch.onnx.OnnxExporterError:
+                model = _translated(exported, program, target)
     except Exception as error:
         message = f"torch.onnx could not translate the frozen graph: {error}"
         raise LoweringError(message) from error
+    read_when_written(model, stored)
+    _drop_traces(model)
+    _name_dimensions(program, model)
+    return model
+
+
+def _translated(exported: ExportedProgram, program: Program, target: Target) -> ir.Model:
+    found = torch.onnx.export(
+        exported,
+        (),
+        opset_version=EXPORTED_OPSET,
+        optimize=False,
+        verbose=False,
+        input_names=[s.name for s in program.inputs],
+        output_names=list(program.outputs),
+        custom_translation_table=target.translations(program),
+    )
     assert found is not None
-    read_when_written(found.model, stored)
-    _drop_traces(found.model)
-    _name_dimensions(program, found.model)
     return found.model
+
+
+def _settled(exported: ExportedProgram) -> ExportedProgram:
+    """The same, of which the exporter decomposes nothing, and so need not trace it once more.
+
+    In-place operators stay for it to take out.
+    """
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    if any(call._schema.is_mutable for call in calls if isinstance(call, torch._ops.OpOverload)):
+        return exported
+    settled = copy.copy(exported)
+    settled.run_decompositions = lambda table: settled
+    return settled
 
 
 def _free_strides(program: Program) -> None:
     """Views were legal on the strides of the capture; rewritten, values may lie otherwise."""
     for node in program.call_nodes(torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+
+
+def _spell_casts(program: Program) -> None:
+    """A cast as the operator that has a translation."""
+    for node in program.call_nodes(torch.ops.aten.to.dtype):
+        node.target = torch.ops.aten._to_copy.default
+        node.args, node.kwargs = node.args[:1], {"dtype": node.args[1]}
 
 
 def _name_dimensions(program: Program, model: ir.Model) -> None:
