@@ -1,7 +1,7 @@
 """The composite operators: one spelling for what the passes recognise.
 
-Each is a torch.library operator with a reference kernel, a fake kernel (the same function under
-fake tensors) and a backward that recomputes the reference. Later passes and every lowering target
+Each is a torch.library operator with a reference kernel, a fake kernel (shape and type alone, for
+tracing) and a backward that recomputes the reference. Later passes and every lowering target
 see these and not the dozen spellings that stand in exported models.
 
     sum_of_squares  x (..., d)                                     -> (..., 1)
@@ -31,7 +31,11 @@ from fptq_compiler.quant.pairs import unpack_pairs
 
 def wide(x: Tensor) -> Tensor:
     """`x` in at least float32: half types compute their statistics there, as models do."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(_wide_type(x))
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
@@ -125,22 +129,45 @@ def _embedding(ids: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     return rows.to(scale.dtype) * scale[ids].unsqueeze(-1)
 
 
-def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
+def _fake_sum_of_squares(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=_wide_type(x))
+
+
+def _fake_unit_rms(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
+
+
+def _fake_rms_norm(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
+    dtype = x.dtype if gain is None else torch.promote_types(x.dtype, gain.dtype)
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-def _define(
-    name: str,
-    schema: str,
-    reference: Callable[..., Tensor],
-    fake: Callable[..., Tensor] | None = None,
-) -> Any:
-    """Register `reference` under fptq::name, differentiable by recomputing it.
+def _fake_fake_quantize(x: Tensor, *settings: Any) -> Tensor:
+    return torch.empty_like(x)
 
-    The fake kernel is the reference itself, where none is given that is quicker.
-    """
+
+def _fake_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, block: int
+) -> Tensor:
+    dtype = x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
+    return x.new_empty((*x.shape[:-1], codes.shape[1]), dtype=dtype)
+
+
+def _fake_embedding(ids: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    width = 2 * codes.shape[1] if bits == 4 else codes.shape[1]
+    return scale.new_empty((*ids.shape, width))
+
+
+def _define(
+    name: str, schema: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Any:
+    """Register `reference` under fptq::name, differentiable by recomputing it."""
     operator = torch.library.custom_op(f"fptq::{name}", reference, mutates_args=(), schema=schema)
-    operator.register_fake(fake or reference)
+    operator.register_fake(fake)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
@@ -170,32 +197,39 @@ def _define(
     return getattr(torch.ops.fptq, name).default
 
 
-sum_of_squares = _define("sum_of_squares", "(Tensor x) -> Tensor", _sum_of_squares)
+sum_of_squares = _define(
+    "sum_of_squares", "(Tensor x) -> Tensor", _sum_of_squares, _fake_sum_of_squares
+)
 rms_norm = _define(
-    "rms_norm", "(Tensor x, Tensor? gain, float epsilon) -> Tensor", _rms_norm
+    "rms_norm", "(Tensor x, Tensor? gain, float epsilon) -> Tensor", _rms_norm, _fake_rms_norm
 )
 attention = _define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
     "float softcap=0.0, int window=0) -> Tensor",
     attention_reference,
-    _attention_shape,
+    _fake_attention,
 )
 fake_quantize = _define(
     "fake_quantize",
     "(Tensor x, float scale, int zero_point, int bits, str role) -> Tensor",
     _fake_quantize,
+    _fake_fake_quantize,
 )
 linear = _define(
     "linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, int block) -> Tensor",
     _linear,
+    _fake_linear,
 )
 embedding = _define(
-    "embedding", "(Tensor ids, Tensor codes, Tensor scale, int bits) -> Tensor", _embedding
+    "embedding",
+    "(Tensor ids, Tensor codes, Tensor scale, int bits) -> Tensor",
+    _embedding,
+    _fake_embedding,
 )
 _unit_rms_op = torch.library.custom_op(
     "fptq::unit_rms", _unit_rms, mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)"
 )
-_unit_rms_op.register_fake(_unit_rms)
+_unit_rms_op.register_fake(_fake_unit_rms)
 unit_rms = torch.ops.fptq.unit_rms.default
