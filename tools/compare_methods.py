@@ -8,17 +8,26 @@ the same command goes on there: what is finished for the same settings is not do
 --steps N sets the length of every training; recipes without one stay without, unless a plus stands
 behind the name, as in quarot+. Further words for fptq-compile go in one string, as in
 --options "--samples 16".
+
+--peers ort-rtn,nncf adds other tools' INT4 weights in blocks of 32 (see peers.py), to be read
+beside --bits 4-16-16/32. A tool with an environment of its own is named with its Python, as in
+--peers ort-rtn,nncf=venv/bin/python. GGUF weights in blocks of 32 are on such a grid already, and
+rounded for nothing: take a model that is off it.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from benchmark_compile import measure, totals
 
 from fptq_compiler.bench.memory import measure_memory
@@ -29,13 +38,17 @@ from fptq_compiler.perplexity import perplexity
 from fptq_compiler.recipe import BUILT_IN, TrainingRecipe, load_recipe
 from fptq_compiler.report import write_text_whole
 from fptq_compiler.runtime.model_file import read_model_file
+from fptq_compiler.runtime.session_file import session_path
 from fptq_compiler.text import load_tokenizer, token_stream
 
 RECIPES = (
     "rtn,rtn-trained,smoothquant,smoothquant+,quarot,quarot+,spinquant,flatquant,fptquant-local,"
     "fptquant"
 )
-ORIGINAL = "original"
+ORIGINAL, FLOAT, WEIGHT_ONLY = "original", "16-16-16", "4-16-16/32"
+PEERS = Path(__file__).with_name("peers.py")
+PEER_ROWS, PEER_TOKENS = 8, 256
+"""Calibration rows for peers, and their tokens, as our recipes have them."""
 COLUMNS = {
     "perplexity": "perplexity",
     "seconds": "seconds to compile",
@@ -110,6 +123,29 @@ def compiled(
     return cell if memory is None else {**cell, "session_mb": memory.peak / 1e6}
 
 
+def compressed(
+    model: Path, calibration: Path, tokenizer: Path, folder: Path, peer: str, options: str
+) -> Cell:
+    """What another tool makes of the model in float, without its perplexity; as `compiled`."""
+    name, _, python = peer.partition("=")
+    original, ids = folder / "float.onnx", folder / "ids.npy"
+    if not original.exists():
+        words = f"{options} --recipe rtn --transforms none"
+        measure(model, calibration, folder, FLOAT, words)
+        (folder / "out.onnx").rename(original)
+        stream = token_stream(calibration, load_tokenizer(tokenizer), PEER_ROWS * PEER_TOKENS)
+        np.save(ids, stream.reshape(-1, PEER_TOKENS))
+    started = time.perf_counter()
+    target = folder / "out.onnx"
+    words = [python or sys.executable, PEERS, name, original, target, ids]
+    subprocess.run([str(word) for word in words], check=True)
+    session_path(target).unlink(missing_ok=True)  # of another file, compiled under this name
+    return {
+        "seconds": time.perf_counter() - started, "online": 0.0,
+        "file_mb": target.stat().st_size / 1e6,
+    }
+
+
 @click.command()
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--text", type=click.Path(exists=True, path_type=Path), required=True)
@@ -122,13 +158,14 @@ def compiled(
 @click.option(
     "--steps", default=TrainingRecipe.steps, show_default=True, help="Of the recipes that train."
 )
+@click.option("--peers", default="", metavar="NAME[=PYTHON],…", help="Other tools beside it.")
 @click.option("--options", default="", help="Further words for fptq-compile, in one string.")
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path))
 @click.option("--window", default=512, show_default=True)
 @click.option("--tokens", default=4096, show_default=True)
 def main(
     model: Path, text: Path, calibration: Path, folder: Path, recipes: str, bits: str,
-    steps: int, options: str, tokenizer: Path | None, window: int, tokens: int,
+    steps: int, peers: str, options: str, tokenizer: Path | None, window: int, tokens: int,
 ) -> None:
     """Fill the table, print it and keep it in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +183,18 @@ def main(
     def cell(recipe: str, setting: str) -> Cell:
         if recipe == ORIGINAL:
             return {"perplexity": read(model)}
-        found = compiled(model, calibration, folder, recipe, setting, steps, options)
+        if recipe in others:
+            found = compressed(
+                model, calibration, tokenizer or model, folder, others[recipe], options
+            )
+        else:
+            found = compiled(model, calibration, folder, recipe, setting, steps, options)
         return {"perplexity": read(folder / "out.onnx"), **found}
 
-    wanted = [(ORIGINAL, "16-16-16")]
-    wanted += [(r, b) for r in recipes.split(",") for b in bits.split(",")]
+    others = {peer.partition("=")[0]: peer for peer in peers.split(",") if peer}
+    wanted = [(ORIGINAL, FLOAT)]
+    wanted += [(r, b) for r in recipes.split(",") if r for b in bits.split(",")]
+    wanted += [(peer, WEIGHT_ONLY) for peer in others]
     with listening(0) as progress:
         progress.start("methods", len(wanted))
         for recipe, setting in wanted:

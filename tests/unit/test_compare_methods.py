@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fptq_compiler.bench.result import Memory
@@ -81,3 +85,44 @@ def test_the_whole_table(
     assert rows[1] == "|---|---|---|---|---|---|---|---|"
     assert rows[2] == "| original | 16-16-16 | 1,234.6 |  |  |  |  |  |"
     assert rows[4] == "| quarot+ | 4-4-4 | 1,234.6 | 2 | 1,200 | 5 | 4,608 | 7 |"
+
+
+def test_a_peer_rounds_the_float_file(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's own quantiser, on a file of two products; only the first becomes INT4."""
+    generator = np.random.default_rng(0)
+    shapes = (64, 64), (64, 9)
+    weights = [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w0"], ["y"], name="first"),
+        onnx.helper.make_node("MatMul", ["y", "w1"], ["z"], name="head"),
+    ]
+    values = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", width])
+        for name, width in (("x", 64), ("z", 9))
+    ]
+    tensors = [onnx.numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    model.ir_version = 10
+
+    def measure(original: Path, calibration: Path, folder: Path, *words: str) -> None:
+        onnx.save(model, folder / "out.onnx")
+        (folder / "out.onnx.session.json").write_text("{}")
+
+    monkeypatch.setattr(tool, "measure", measure)
+    monkeypatch.setattr(tool, "load_tokenizer", lambda path: path)
+    monkeypatch.setattr(tool, "token_stream", lambda *_: torch.arange(8 * 256))
+    cell = tool.compressed(tmp_path, tmp_path, tmp_path, tmp_path, "ort-rtn", "")
+    assert cell["file_mb"] * 1e6 == (tmp_path / "out.onnx").stat().st_size
+    assert not (tmp_path / "out.onnx.session.json").exists()
+    assert np.load(tmp_path / "ids.npy").shape == (8, 256)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert kinds == ["MatMulNBits", "MatMul"]
+    x = generator.standard_normal((3, 64)).astype(np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    (found,) = session.run(None, {"x": x})
+    exact = x @ weights[0] @ weights[1]
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 0.01 < error < 0.2

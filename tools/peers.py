@@ -1,0 +1,56 @@
+"""INT4 weights in blocks of 32 by other tools, from a float32 ONNX file to another.
+
+    python3 tools/peers.py NAME SOURCE TARGET IDS
+
+compare_methods.py --peers runs it, with a Python that has the tool. NAME is ort-rtn (ONNX
+Runtime's own rounding to nearest; the head, as the embedding, stays float) or nncf (NNCF's AWQ and
+scale estimation, calibrated on the rows of IDS, an .npy; head and embedding get 8 bits).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+BITS, BLOCK = 4, 32
+
+
+def ort_rtn(source: Path, target: Path, ids: Path) -> None:
+    """ONNX Runtime's MatMulNBitsQuantizer, asymmetric; it needs no calibration."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-untyped]
+        MatMulNBitsQuantizer,
+    )
+
+    model = onnx.load(source)
+    head = [node.name for node in model.graph.node if node.op_type == "MatMul"][-1]
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=BITS, block_size=BLOCK, is_symmetric=False, nodes_to_exclude=[head]
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target), use_external_data_format=False)
+
+
+def nncf(source: Path, target: Path, ids: Path) -> None:
+    """NNCF's compress_weights."""
+    import nncf  # type: ignore[import-not-found]
+
+    model = onnx.load(source)
+    (name,) = (value.name for value in model.graph.input)
+    rows = [{name: row[None]} for row in np.load(ids)]
+    compressed = nncf.compress_weights(
+        model, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=BLOCK, ratio=1.0,
+        awq=True, scale_estimation=True, dataset=nncf.Dataset(rows), subset_size=len(rows),
+    )
+    onnx.save(compressed, target)
+
+
+PEERS: dict[str, Callable[[Path, Path, Path], None]] = {"ort-rtn": ort_rtn, "nncf": nncf}
+
+
+if __name__ == "__main__":
+    name, *paths = sys.argv[1:]
+    PEERS[name](*map(Path, paths))
