@@ -101,13 +101,13 @@ def choose_sites(
     held_out = Batches.split(
         rows, held_out=recipe.training.held_out, size=1, seed=recipe.seed
     ).held_out
-    judge = _Judge(program, held_out[: max(1, TOKENS // rows.shape[1])])
-    everything = _quantised(inserted, (), chosen, ids)
+    judge = Judge(program, held_out[: max(1, TOKENS // rows.shape[1])])
+    everything = quantised(inserted, (), chosen, ids)
     progress.start("choosing sites", len(places))
     worths: dict[Place, Worth] = {}
     for kind in dict.fromkeys(place.kind for place in places):
         mine = [place for place in places if place.kind == kind]
-        lacking = _quantised(inserted, [n for p in mine for n in p.maps], chosen, ids)
+        lacking = quantised(inserted, [n for p in mine for n in p.maps], chosen, ids)
         found = judge.worths(everything, lacking, {p.block: p for p in mine}, progress)
         worths.update(found)
         report.decisions.append(_words(kind, found))
@@ -115,7 +115,7 @@ def choose_sites(
     going = [place for place, worth in worths.items() if not worth.stays(place.online)]
     if not going:
         return recipe
-    without = _quantised(inserted, [n for p in going for n in p.maps], chosen, ids)
+    without = quantised(inserted, [n for p in going for n in p.maps], chosen, ids)
     with_all, with_less = judge.loss(everything), judge.loss(without)
     better = with_less <= with_all
     report.decisions.append(
@@ -154,7 +154,7 @@ def find_places(program: Program) -> list[Place]:
     ]
 
 
-class _Judge:
+class Judge:
     """Losses of held-out text against the original, in pieces of some neighbouring tokens."""
 
     def __init__(self, original: Program, ids: Tensor) -> None:
@@ -205,7 +205,7 @@ def _named(nodes: Mapping[str, object], values: Environment) -> Environment:
     return {nodes[node.name]: value for node, value in values.items()}  # type: ignore[misc]
 
 
-def _quantised(inserted: Program, without: Sequence[str], recipe: Recipe, ids: Tensor) -> Program:
+def quantised(inserted: Program, without: Sequence[str], recipe: Recipe, ids: Tensor) -> Program:
     """A copy without some maps, the others merged, with quantisers."""
     program = inserted.copy()
     take_out(program, without)
@@ -218,8 +218,8 @@ def _words(kind: str, worths: Mapping[Place, Worth]) -> str:
     going = [place for place, worth in worths.items() if not worth.stays(place.online)]
     means = [worth.mean for worth in worths.values()]
     words = (
-        f"{kind} by site: without it the held-out loss is {min(means):+.4f} to {max(means):+.4f} "
-        f"higher, {statistics.mean(means):+.4f} in the mean; it goes at {len(going)} of "
-        f"{len(worths)}"
+        f"{kind} by site: leaving it out changes the held-out loss by {min(means):+.4f} to "
+        f"{max(means):+.4f}, {statistics.mean(means):+.4f} in the mean; it goes at {len(going)} "
+        f"of {len(worths)}"
     )
     return f"{words}: {', '.join(n for p in going for n in p.left_out)}" if going else words

@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from fptq_compiler.choice import sites
-from fptq_compiler.choice.sites import Place, Worth, choose_sites, find_places
+from fptq_compiler.choice.sites import (
+    Judge,
+    Place,
+    Worth,
+    choose_sites,
+    find_places,
+    quantised,
+)
 from fptq_compiler.errors import RecipeError
 from fptq_compiler.graph.dump import dump
 from fptq_compiler.progress import SilentProgress
@@ -35,15 +41,15 @@ def test_a_worth_is_the_loss_of_a_program_without_that_map(exported: ExportedPro
     inserted = program.copy()
     find_sites(inserted, RECIPE, report)
     insert_transforms(inserted, RECIPE, CALIBRATION, report, SilentProgress())
-    judge = sites._Judge(program, ROWS[-4:])
-    everything = sites._quantised(inserted, (), RECIPE, CALIBRATION)
+    judge = Judge(program, ROWS[-4:])
+    everything = quantised(inserted, (), RECIPE, CALIBRATION)
     places = {p.block: p for p in find_places(inserted) if p.kind == "hadamard"}
     assert [*places] == ["blocks.0", "blocks.1"]
     every = [name for place in places.values() for name in place.maps]
-    lacking = sites._quantised(inserted, every, RECIPE, CALIBRATION)
+    lacking = quantised(inserted, every, RECIPE, CALIBRATION)
     worths = judge.worths(everything, lacking, places, SilentProgress())
     for place, worth in worths.items():
-        alone = sites._quantised(inserted, place.maps, RECIPE, CALIBRATION)
+        alone = quantised(inserted, place.maps, RECIPE, CALIBRATION)
         more = judge.loss(alone) - judge.loss(everything)
         assert abs(more) > 1e-5
         assert worth.mean == pytest.approx(more, rel=1e-2)
@@ -81,8 +87,8 @@ def chosen_with(
         assert isinstance(places, dict)
         return {p: Worth(-0.2 if p.kind == "updown" else 0.2, 0.1) for p in places.values()}
 
-    monkeypatch.setattr(sites._Judge, "worths", worths)
-    monkeypatch.setattr(sites._Judge, "loss", lambda *_: losses.pop(0))
+    monkeypatch.setattr(Judge, "worths", worths)
+    monkeypatch.setattr(Judge, "loss", lambda *_: losses.pop(0))
     program, report = take_in(exported), Report(origin="toy")
     before = dump(program)
     found = choose_sites(program, RECIPE, CALIBRATION, ROWS, report, SilentProgress())
