@@ -10,7 +10,7 @@ behind the name, as in quarot+. Further words for fptq-compile go in one string,
 --options "--samples 16".
 
 --peers ort-rtn,nncf adds other tools' INT4 weights in blocks of 32 (see peers.py), to be read
-beside --bits 4-16-16/32. A tool with an environment of its own is named with its Python, as in
+beside --bits 4-16-16 of recipe files with [weights] block = 32. A tool with an environment of its own is named with its Python, as in
 --peers ort-rtn,nncf=venv/bin/python. GGUF weights in blocks of 32 are on such a grid already, and
 rounded for nothing: take a model that is off it.
 """
@@ -45,7 +45,7 @@ RECIPES = (
     "rtn,rtn-trained,smoothquant,smoothquant+,quarot,quarot+,spinquant,flatquant,fptquant-local,"
     "fptquant"
 )
-ORIGINAL, FLOAT, WEIGHT_ONLY = "original", "16-16-16", "4-16-16/32"
+ORIGINAL, FLOAT, WEIGHT_ONLY = "original", "16-16-16", "4-16-16"
 PEERS = Path(__file__).with_name("peers.py")
 PEER_ROWS, PEER_TOKENS = 8, 256
 """Calibration rows for peers, and their tokens, as our recipes have them."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fptq_compiler.graph.blocks import outline
 from fptq_compiler.graph.edges import OnlineEdge, WeightEdge, is_online, take_out
@@ -21,7 +22,7 @@ from fptq_compiler.graph.evaluate import Environment, bind_inputs
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.batches import Batches
-from fptq_compiler.optimize.block_function import block_functions, logits_node
+from fptq_compiler.optimize.block_function import BlockFunction, block_functions, logits_node
 from fptq_compiler.optimize.divergence import TOKENS_AT_ONCE, jensen_shannon
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.progress import Progress, SilentProgress
@@ -170,27 +171,31 @@ class Judge:
         self, program: Program, lacking: Program, places: Mapping[str, Place], progress: Progress
     ) -> dict[Place, Worth]:
         """What a transform is worth at each place, by the block that it is in."""
+        logits = logits_node(program)
         main = bind_inputs(program.module, program.arguments(self._ids), None)
         parted: dict[Place, Environment] = {}
         there = {node.name: node for node in lacking.graph.nodes}
         back = {node.name: node for node in program.graph.nodes}
         pairs = zip(block_functions(program), block_functions(lacking), strict=True)
         for block, other in pairs:
-            parted = {place: block(values) for place, values in parted.items()}
+            parted = {p: self._through(block, v, logits) for p, v in parted.items()}
             if block.name in places:
                 parted[places[block.name]] = _named(back, other(_named(there, main)))
                 progress.advance(1, f"{places[block.name].kind} in {block.name}")
-            main = block(main)
-        exact = self._losses(main[logits_node(program)])
+            main = self._through(block, main, logits)
         found = {}
-        for place, values in parted.items():
-            more = self._losses(values[logits_node(program)]) - exact
+        for place, losses in parted.items():
+            more = losses[logits] - main[logits]
             found[place] = Worth(float(more.mean()), _standard_error(more))
         return found
 
-    def _losses(self, logits: object) -> Tensor:
+    def _through(self, block: BlockFunction, values: Environment, logits: Node) -> Environment:
+        """What leaves a block; of the logits, which are large, the losses alone."""
+        found = block(values)
+        return {n: self._losses(v) if n is logits else v for n, v in found.items()}
+
+    def _losses(self, logits: Tensor) -> Tensor:
         """Of each piece the mean over its tokens, from logits (B, S, V)."""
-        assert isinstance(logits, Tensor)
         parts = (torch.split(x.flatten(0, 1), TOKENS_AT_ONCE) for x in (logits, self._expected))
         return torch.stack([jensen_shannon(*pair) for pair in zip(*parts, strict=True)])
 
