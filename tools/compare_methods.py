@@ -10,9 +10,9 @@ behind the name, as in quarot+. Further words for fptq-compile go in one string,
 --options "--samples 16".
 
 --peers ort-rtn,nncf adds other tools' INT4 weights in blocks of 32 (see peers.py), to be read
-beside --bits 4-16-16 of recipe files with [weights] block = 32. A tool with an environment of its own is named with its Python, as in
---peers ort-rtn,nncf=venv/bin/python. GGUF weights in blocks of 32 are on such a grid already, and
-rounded for nothing: take a model that is off it.
+beside --bits 4-16-16 of recipe files with [weights] block = 32. A tool with an environment of its
+own is named with its Python, as in --peers ort-rtn,nncf=venv/bin/python. GGUF weights in blocks of
+32 are on such a grid already, and rounded for nothing: take a model that is off it.
 """
 
 from __future__ import annotations
