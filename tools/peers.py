@@ -10,13 +10,25 @@ scale estimation, calibrated on the rows of IDS, an .npy; head and embedding get
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 
 BITS, BLOCK = 4, 32
+
+
+def folded(source: Path) -> onnx.ModelProto:
+    """The file with its constants folded: both tools look for weights that nothing transposes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath)
 
 
 def ort_rtn(source: Path, target: Path, ids: Path) -> None:
@@ -25,7 +37,7 @@ def ort_rtn(source: Path, target: Path, ids: Path) -> None:
         MatMulNBitsQuantizer,
     )
 
-    model = onnx.load(source)
+    model = folded(source)
     head = [node.name for node in model.graph.node if node.op_type == "MatMul"][-1]
     quantizer = MatMulNBitsQuantizer(
         model, bits=BITS, block_size=BLOCK, is_symmetric=False, nodes_to_exclude=[head]
@@ -38,7 +50,7 @@ def nncf(source: Path, target: Path, ids: Path) -> None:
     """NNCF's compress_weights."""
     import nncf  # type: ignore[import-not-found]
 
-    model = onnx.load(source)
+    model = folded(source)
     (name,) = (value.name for value in model.graph.input)
     rows = [{name: row[None]} for row in np.load(ids)]
     compressed = nncf.compress_weights(

@@ -95,7 +95,8 @@ def test_a_peer_rounds_the_float_file(
     shapes = (64, 64), (64, 9)
     weights = [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
     nodes = [
-        onnx.helper.make_node("MatMul", ["x", "w0"], ["y"], name="first"),
+        onnx.helper.make_node("Transpose", ["w0"], ["w"], name="turn"),
+        onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="first"),
         onnx.helper.make_node("MatMul", ["y", "w1"], ["z"], name="head"),
     ]
     values = [
@@ -123,6 +124,6 @@ def test_a_peer_rounds_the_float_file(
     x = generator.standard_normal((3, 64)).astype(np.float32)
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
     (found,) = session.run(None, {"x": x})
-    exact = x @ weights[0] @ weights[1]
+    exact = x @ weights[0].T @ weights[1]
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0.01 < error < 0.2
