@@ -18,11 +18,10 @@ from fptq_compiler.inspection import (
     InspectedSite,
     Verdict,
 )
-from fptq_compiler.passes import insertion
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import SiteRow
 from fptq_compiler.source_line import SourceLine
-from fptq_compiler.stages import quantizer_placement
+from fptq_compiler.stages import quantizer_placement, transform_insertion
 from fptq_compiler.summary import KINDS, site_rows
 
 Site = ResidualSite | AttentionSite | MlpSite
@@ -30,14 +29,7 @@ Site = ResidualSite | AttentionSite | MlpSite
 
 def prepare(program: Program, recipe: Recipe) -> None:
     """Insert what the recipe would: its transforms where possible, and its quantisers."""
-    steps = insertion(
-        recipe.transforms.candidates,
-        seed=recipe.seed,
-        scaling_places=recipe.transforms.scaling_places,
-        hadamard_block=recipe.hadamard_block,
-        value_map=recipe.transforms.value_map,
-    )
-    run_passes(program, (*steps, quantizer_placement(recipe)))
+    run_passes(program, (*transform_insertion(recipe), quantizer_placement(recipe)))
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ def folded(source: Path) -> onnx.ModelProto:
 
 def ort_rtn(source: Path, target: Path, ids: Path) -> None:
     """ONNX Runtime's MatMulNBitsQuantizer, asymmetric; it needs no calibration."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import (  # type: ignore[import-untyped]
-        MatMulNBitsQuantizer,
-    )
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = folded(source)
     head = [node.name for node in model.graph.node if node.op_type == "MatMul"][-1]
@@ -48,7 +46,7 @@ def ort_rtn(source: Path, target: Path, ids: Path) -> None:
 
 def nncf(source: Path, target: Path, ids: Path) -> None:
     """NNCF's compress_weights."""
-    import nncf  # type: ignore[import-not-found]
+    import nncf
 
     model = folded(source)
     (name,) = (value.name for value in model.graph.input)
@@ -60,9 +58,21 @@ def nncf(source: Path, target: Path, ids: Path) -> None:
     onnx.save(compressed, target)
 
 
+def refuse_float(path: Path) -> None:
+    """Raise ValueError where a file has no INT4 weight: the tool then recognised nothing."""
+    graph = onnx.load(path).graph
+    nibbles = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    found = any(node.op_type == "MatMulNBits" for node in graph.node)
+    if not found and not any(tensor.data_type in nibbles for tensor in graph.initializer):
+        message = f"{path.name} has no INT4 weight: the tool recognised none in the float file"
+        raise ValueError(message)
+
+
 PEERS: dict[str, Callable[[Path, Path, Path], None]] = {"ort-rtn": ort_rtn, "nncf": nncf}
 
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]
-    PEERS[name](*map(Path, paths))
+    source, target, ids = map(Path, paths)
+    PEERS[name](source, target, ids)
+    refuse_float(target)

@@ -25,7 +25,7 @@ from fptq_compiler.optimize.batches import Batches
 from fptq_compiler.optimize.block_function import BlockFunction, block_functions, logits_node
 from fptq_compiler.optimize.divergence import TOKENS_AT_ONCE, jensen_shannon
 from fptq_compiler.passes.fold_transforms import FoldTransforms
-from fptq_compiler.progress import Progress, SilentProgress
+from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages.quantizing import find_ranges
@@ -92,10 +92,10 @@ def choose_sites(
         report: gets a decision for every kind of transform.
         progress: one step a kind and block.
     """
-    chosen, silent = trial(recipe), SilentProgress()
+    chosen, aside = trial(recipe), Report(origin="trial")
     inserted = program.copy()
-    find_sites(inserted, chosen, Report(origin="trial"))
-    insert_transforms(inserted, chosen, ids, Report(origin="trial"), silent)
+    find_sites(inserted, chosen, aside)
+    insert_transforms(inserted, chosen, ids, aside, progress)
     places = find_places(inserted)
     if not places:
         return recipe
@@ -103,12 +103,12 @@ def choose_sites(
         rows, held_out=recipe.training.held_out, size=1, seed=recipe.seed
     ).held_out
     judge = Judge(program, held_out[: max(1, TOKENS // rows.shape[1])])
-    everything = quantised(inserted, (), chosen, ids)
     progress.start("choosing sites", len(places))
+    everything = quantised(inserted, (), chosen, ids, progress)
     worths: dict[Place, Worth] = {}
     for kind in dict.fromkeys(place.kind for place in places):
         mine = [place for place in places if place.kind == kind]
-        lacking = quantised(inserted, [n for p in mine for n in p.maps], chosen, ids)
+        lacking = quantised(inserted, [n for p in mine for n in p.maps], chosen, ids, progress)
         found = judge.worths(everything, lacking, {p.block: p for p in mine}, progress)
         worths.update(found)
         report.decisions.append(_words(kind, found))
@@ -116,7 +116,7 @@ def choose_sites(
     going = [place for place, worth in worths.items() if not worth.stays(place.online)]
     if not going:
         return recipe
-    without = quantised(inserted, [n for p in going for n in p.maps], chosen, ids)
+    without = quantised(inserted, [n for p in going for n in p.maps], chosen, ids, progress)
     with_all, with_less = judge.loss(everything), judge.loss(without)
     better = with_less <= with_all
     report.decisions.append(
@@ -205,17 +205,27 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.inf
 
 
-def _named(nodes: Mapping[str, object], values: Environment) -> Environment:
+def _named(nodes: Mapping[str, Node], values: Environment) -> Environment:
     """The same values under the nodes of another program."""
-    return {nodes[node.name]: value for node, value in values.items()}  # type: ignore[misc]
+    return {nodes[node.name]: value for node, value in values.items()}
 
 
-def quantised(inserted: Program, without: Sequence[str], recipe: Recipe, ids: Tensor) -> Program:
-    """A copy without some maps, the others merged, with quantisers."""
+def quantised(
+    inserted: Program, without: Sequence[str], recipe: Recipe, ids: Tensor, progress: Progress
+) -> Program:
+    """A copy without some maps, the others merged, with quantisers whose ranges are found.
+
+    Args:
+        inserted: with all maps on their edges; left as it is.
+        without: names of maps.
+        recipe: bits and norms.
+        ids: calibration tokens (samples, length).
+        progress: listens.
+    """
     program = inserted.copy()
     take_out(program, without)
     run_passes(program, (FoldTransforms(),))
-    find_ranges(program, recipe, ids, Report(origin="trial"), SilentProgress())
+    find_ranges(program, recipe, ids, Report(origin="trial"), progress)
     return program
 
 

@@ -7,7 +7,12 @@ taking_in -> transforming -> quantizing, with training in it, and measuring for 
 from fptq_compiler.stages.caching import cache
 from fptq_compiler.stages.quantizing import needs_calibration, quantize, quantizer_placement
 from fptq_compiler.stages.taking_in import look_into, take_in, vocabulary_of
-from fptq_compiler.stages.transforming import Untrained, refuse_without_sites, transform
+from fptq_compiler.stages.transforming import (
+    Untrained,
+    refuse_without_sites,
+    transform,
+    transform_insertion,
+)
 
 __all__ = [
     "Untrained",
@@ -19,5 +24,6 @@ __all__ = [
     "refuse_without_sites",
     "take_in",
     "transform",
+    "transform_insertion",
     "vocabulary_of",
 ]

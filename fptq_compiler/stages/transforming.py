@@ -136,20 +136,24 @@ def insert_transforms(
 ) -> None:
     """Put the maps on their edges and optimise them locally; arguments as for `transform`."""
     with report.stage("insert transforms"):
-        steps = insertion(
-            recipe.transforms.candidates,
-            seed=recipe.seed,
-            scaling_places=recipe.transforms.scaling_places,
-            hadamard_block=recipe.hadamard_block,
-            value_map=recipe.transforms.value_map,
-        )
-        run_proved(program, steps, verifier, dump_dir)
+        run_proved(program, transform_insertion(recipe), verifier, dump_dir)
         _refuse_missing(program, recipe)
     if "smooth" in recipe.transforms.candidates and ids is not None:
         with report.stage("smooth activations"):
             set_smoothing(program, [ids], recipe.transforms.smooth_alpha, progress)
     with report.stage("local optimisation"):
         report.curves.update(_optimize(program, recipe, ids, work, progress))
+
+
+def transform_insertion(recipe: Recipe) -> tuple[Pass, ...]:
+    """The passes that insert the transforms of a recipe."""
+    return insertion(
+        recipe.transforms.candidates,
+        seed=recipe.seed,
+        scaling_places=recipe.transforms.scaling_places,
+        hadamard_block=recipe.hadamard_block,
+        value_map=recipe.transforms.value_map,
+    )
 
 
 def _leave_out(program: Program, names: Sequence[str]) -> None:

@@ -42,14 +42,14 @@ def test_a_worth_is_the_loss_of_a_program_without_that_map(exported: ExportedPro
     find_sites(inserted, RECIPE, report)
     insert_transforms(inserted, RECIPE, CALIBRATION, report, SilentProgress())
     judge = Judge(program, ROWS[-4:])
-    everything = quantised(inserted, (), RECIPE, CALIBRATION)
+    everything = quantised(inserted, (), RECIPE, CALIBRATION, SilentProgress())
     places = {p.block: p for p in find_places(inserted) if p.kind == "hadamard"}
     assert [*places] == ["blocks.0", "blocks.1"]
     every = [name for place in places.values() for name in place.maps]
-    lacking = quantised(inserted, every, RECIPE, CALIBRATION)
+    lacking = quantised(inserted, every, RECIPE, CALIBRATION, SilentProgress())
     worths = judge.worths(everything, lacking, places, SilentProgress())
     for place, worth in worths.items():
-        alone = quantised(inserted, place.maps, RECIPE, CALIBRATION)
+        alone = quantised(inserted, place.maps, RECIPE, CALIBRATION, SilentProgress())
         more = judge.loss(alone) - judge.loss(everything)
         assert abs(more) > 1e-5
         assert worth.mean == pytest.approx(more, rel=1e-2)

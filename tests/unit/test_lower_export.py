@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -64,9 +66,9 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[ExportedProgram]:
     seen: list[ExportedProgram] = []
     decompose = ExportedProgram.run_decompositions
 
-    def watched(program: ExportedProgram, table: object = None) -> ExportedProgram:
+    def watched(program: ExportedProgram, table: Any = None) -> ExportedProgram:
         seen.append(program)
-        return decompose(program, table)  # type: ignore[arg-type]
+        return decompose(program, table)
 
     monkeypatch.setattr(ExportedProgram, "run_decompositions", watched)
     return seen
