@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from fptq_compiler.inspection import ExportCost, Inspection
 from fptq_compiler.lower import lower
 from fptq_compiler.lower.targets import float_type_of
 from fptq_compiler.lower.write import staging
+from fptq_compiler.memory import collect_cycles
 from fptq_compiler.optimize.ranks import leave_ranks
 from fptq_compiler.passes import FIND_SITES
 from fptq_compiler.progress import Progress, SilentProgress
@@ -181,7 +181,7 @@ def _compile(
 
     found = tokens() if needs_calibration(recipe) else None
     ids = None if found is None else found[: recipe.calibration.samples]
-    gc.collect()  # exported programs and graphs hold cycles, and cycles hold weights
+    collect_cycles()  # exported programs and graphs hold cycles, and cycles hold weights
     program.move(options.device)
     rows = None
     if found is not None and recipe.trains:
@@ -218,7 +218,7 @@ def _compile(
             program, recipe, language.context_length, report, dump_dir=options.dump_dir
         )
         language = replace(language, context_length=length)
-    gc.collect()
+    collect_cycles()
     report.sites = site_rows(program)
     report.near_misses = [str(m) for m in program.near_misses]
     report.decisions = program.decisions + report.decisions

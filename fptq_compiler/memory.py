@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import sys
 
 M_TRIM_THRESHOLD = -1
@@ -44,3 +45,9 @@ def return_freed_memory() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def collect_cycles() -> None:
+    """Free what only cycles hold, as in graphs and ONNX models, and hand it back."""
+    gc.collect()
+    return_freed_memory()

@@ -15,6 +15,7 @@ from fptq_compiler.graph import cache_ops, ops
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import ActivationQuantizer, Program, WeightQuantizer
 from fptq_compiler.graph.surgery import call, get_parameter, replace, set_parameter
+from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.quant.grid import round_zero_point
 from fptq_compiler.quant.modules import ActivationFakeQuantizer, WeightFakeQuantizer
 from fptq_compiler.quant.pairs import pack_pairs
@@ -37,6 +38,7 @@ class FreezeQuantizers(Pass):
         for quantizer in program.weight_quantizers:
             if quantizer.module in modules:
                 _freeze_weight(program, quantizer, modules[quantizer.module])
+                return_freed_memory()
                 changed += 1
         for record in program.activation_quantizers:
             node = modules.get(record.module)

@@ -27,7 +27,7 @@ from fptq_compiler.lower.parity import check_half_parity, check_parity
 from fptq_compiler.lower.share import share_equal
 from fptq_compiler.lower.targets import Target, float_type_of, target_of
 from fptq_compiler.lower.write import publish, save, staging
-from fptq_compiler.memory import return_freed_memory
+from fptq_compiler.memory import collect_cycles
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
@@ -97,7 +97,7 @@ def lower(
             failures = target.contract(program, written, optimized)
             kernels, _ = count_kernels(optimized)
             del written, optimized
-            return_freed_memory()
+            collect_cycles()
             progress.advance(1, "kernels counted")
             parity = check_parity(program, exact, probe, folder, target.session_config)
             failures += parity.failures()

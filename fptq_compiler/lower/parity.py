@@ -32,7 +32,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.blocks import BLOCKS, unpack_blocks
 from fptq_compiler.lower.contract import ACCURACY_LEVEL, contract_of, session_options
 from fptq_compiler.lower.element_type import element_type
-from fptq_compiler.memory import return_freed_memory
+from fptq_compiler.memory import collect_cycles, return_freed_memory
 from fptq_compiler.quant.pairs import unpack_pairs
 
 LINEAR = torch.ops.aten.linear.default
@@ -134,7 +134,7 @@ def check_parity(
     exposed = folder / "exposed.onnx"
     ir.save(model, exposed, external_data="exposed.data")
     del model
-    return_freed_memory()
+    collect_cycles()
     plain = _session(path, config)
     freely = [
         plain.run(None, _feeds(program, inputs, plain)) for inputs in _runs(program, ids, plain)
