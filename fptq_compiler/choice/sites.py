@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.graph.blocks import outline
+from fptq_compiler.graph.blocks import logits_node, outline
 from fptq_compiler.graph.edges import OnlineEdge, WeightEdge, is_online, take_out
 from fptq_compiler.graph.evaluate import Environment, bind_inputs
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.batches import Batches
-from fptq_compiler.optimize.block_function import BlockFunction, block_functions, logits_node
-from fptq_compiler.optimize.divergence import TOKENS_AT_ONCE, jensen_shannon
+from fptq_compiler.optimize.block_function import BlockFunction, block_functions
+from fptq_compiler.optimize.divergence import jensen_shannon
+from fptq_compiler.optimize.token_parts import TOKENS_AT_ONCE
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe

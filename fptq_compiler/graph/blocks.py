@@ -21,6 +21,9 @@ from fptq_compiler.graph.program import Program
 aten = torch.ops.aten
 SOURCES = (aten.embedding.default, aten.linear.default, aten.conv2d.default)
 SUMS = (aten.add.Tensor,)
+VALUEWISE = (
+    aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.to.dtype, aten._to_copy.default,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,33 @@ def outline(program: Program) -> list[Block]:
         Block(label, tuple(nodes[start:stop]))
         for label, start, stop in zip(labels, [0, *bounds], [*bounds, len(nodes)], strict=True)
     ]
+
+
+def outline_with_logits(program: Program) -> list[Block]:
+    """The blocks, and behind them `logits`: the last linear, and what follows value by value.
+
+    That block is empty where the logits are not made so.
+    """
+    *front, last = outline(program)
+    logits = logits_node(program)
+    tail = [logits]
+    while tail[0].target in VALUEWISE and len(tail[0].all_input_nodes) == 1:
+        tail.insert(0, tail[0].all_input_nodes[0])
+    alone = {*tail, *logits.users}
+    if (
+        tail[0].target is not aten.linear.default or tail[0] not in last.nodes
+        or any(user not in alone for node in tail for user in node.users)
+    ):
+        return [*front, last, Block("logits", ())]
+    rest = tuple(node for node in last.nodes if node not in tail)
+    return [*front, Block(last.name, rest), Block("logits", tuple(tail))]
+
+
+def logits_node(program: Program) -> Node:
+    """The node of the logits, the first output."""
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    logits: Node = output.all_input_nodes[0]
+    return logits
 
 
 def _narrow_places(nodes: Sequence[Node]) -> list[int]:

@@ -92,6 +92,11 @@ class StoredParameter(nn.Parameter):
             ScratchFile(self.folder, value), value.shape, value.dtype, self.folder
         )
 
+    def mapped(self, value: Tensor) -> Tensor:
+        """The same values, mapped where they are large enough to be stored."""
+        found = self.replaced_by(value)
+        return found.read() if isinstance(found, StoredParameter) else found
+
 
 def identity(value: Tensor) -> Hashable:
     """Equal for tensors that share their memory or their place in a file."""
@@ -134,11 +139,15 @@ def hold(module: nn.Module) -> dict[str, StoredParameter]:
     return stored
 
 
+def worth_holding(module: nn.Module) -> bool:
+    """Whether the stored parameters of a module are few enough."""
+    return sum(p.nbytes for p in module.parameters() if isinstance(p, StoredParameter)) <= HELD
+
+
 @contextmanager
 def held_for_many_runs(module: nn.Module) -> Iterator[None]:
     """Hold the stored parameters of a module inside, where they are few enough."""
-    total = sum(p.nbytes for p in module.parameters() if isinstance(p, StoredParameter))
-    stored = hold(module) if total <= HELD else {}
+    stored = hold(module) if worth_holding(module) else {}
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ float32, as the processors that have it do; their quantisers, and all else, stay
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,19 +15,21 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn.functional import linear
 
-from fptq_compiler.graph.blocks import Block, outline
+from fptq_compiler.graph.blocks import Block, logits_node, outline
 from fptq_compiler.graph.evaluate import (
     Environment,
     Watcher,
     ancestors,
     arguments,
+    attribute,
     held,
     last_uses,
     run_node,
 )
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.stored import StoredParameter
 
-LINEAR = torch.ops.aten.linear.default
+aten = torch.ops.aten
 
 
 class BlockFunction:
@@ -38,7 +40,7 @@ class BlockFunction:
         module: fx.GraphModule,
         block: Block,
         leaving: Collection[Node],
-        settled: Collection[Node],
+        constant: Collection[Node],
         compute: torch.dtype,
     ) -> None:
         """Compute what is constant.
@@ -47,7 +49,8 @@ class BlockFunction:
             module: its graph must not change while the function lives.
             block: without its settled nodes.
             leaving: the values, of this block or earlier ones, that later ones read.
-            settled: nodes that neither inputs nor trained parameters reach.
+            constant: nodes that neither inputs nor trained parameters reach; their values are
+                held.
             compute: what linear layers multiply in, float32 or bfloat16.
         """
         self.name = block.name
@@ -59,8 +62,8 @@ class BlockFunction:
             reader: [value for value in values if value not in leaving]
             for reader, values in last_uses(block.nodes).items()
         }
-        read = dict.fromkeys(x for n in block.nodes for x in n.all_input_nodes if x in settled)
-        self._constants = {node: _constant(module, node, compute) for node in read}
+        read = [x for x in self.read if x in constant]
+        self._constants = {node: self._constant(node) for node in read}
 
     def __call__(self, values: Environment, watch: Watcher | None = None) -> Environment:
         """The values that leave, from those that enter; `watch` sees every node and its value."""
@@ -74,9 +77,15 @@ class BlockFunction:
         return {node: found[node] for node in self._leaving}
 
     @property
-    def read(self) -> set[Node]:
-        """The nodes whose values it reads, its own among them."""
-        return {x for node in self._nodes for x in node.all_input_nodes}
+    def read(self) -> list[Node]:
+        """The nodes whose values it reads, its own among them, each once."""
+        return [*dict.fromkeys(x for node in self._nodes for x in node.all_input_nodes)]
+
+    @property
+    def entering(self) -> list[Node]:
+        """The nodes of the values that it needs: not constant, and not its own."""
+        own = {*self._constants, *self._nodes}
+        return [node for node in self.read if node not in own]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -89,8 +98,33 @@ class BlockFunction:
         paths = dict.fromkeys(str(n.target) for n in self._nodes if n.op == "call_module")
         return nn.ModuleList(self._module.get_submodule(path) for path in paths)
 
+    @torch.no_grad()
+    def _constant(self, node: Node) -> object:
+        """The value of a node: in what linears multiply in where it is their weight alone.
+
+        A table that is looked up alone is mapped, where parameters are stored.
+        """
+        values: Environment = {}
+        origins = []
+        for step in ancestors(node):
+            if step.op == "get_attr":
+                origins.append(held(self._module, str(step.target)))
+                values[step] = attribute(self._module, str(step.target))
+            else:
+                values[step] = run_node(self._module, step, values, None)
+        value: object = values[node]
+        if not isinstance(value, Tensor):
+            return value
+        readers = [reader for reader in self._nodes if node in reader.all_input_nodes]
+        if all(r.target is aten.linear.default and r.args[1] is node for r in readers):
+            value = value.to(self._compute)
+        stored = [origin for origin in origins if isinstance(origin, StoredParameter)]
+        if stored and all(reader.target is aten.embedding.default for reader in readers):
+            return stored[0].mapped(value)
+        return value.clone() if stored and node.op == "get_attr" else value
+
     def _value(self, node: Node, values: Environment) -> object:
-        if node.target is not LINEAR or self._compute is torch.float32:
+        if node.target is not aten.linear.default or self._compute is torch.float32:
             return run_node(self._module, node, values, None)
         x, weight, *bias = arguments(self._module, node, values)
         product = linear(x.to(self._compute), weight.to(self._compute)).float()
@@ -103,6 +137,8 @@ def block_functions(
     *,
     given: Collection[Tensor] = (),
     compute: torch.dtype = torch.float32,
+    blocks: Sequence[Block] | None = None,
+    hold: bool = False,
 ) -> Iterator[BlockFunction]:
     """The blocks in their order, each made when its turn comes: one alone need be in memory.
 
@@ -111,21 +147,18 @@ def block_functions(
         trained: the parameters whose values change.
         given: parameters whose values enter a block with its other values, under their nodes.
         compute: what linear layers multiply in, float32 or bfloat16.
+        blocks: all nodes in their order; None for the program's outline.
+        hold: keep the other parameters as a block reads them, for many runs.
     """
-    settled = _settled(program, {id(p) for p in (*trained, *given)})
-    blocks = [
+    moving = {id(p) for p in (*trained, *given)}
+    settled = _settled(program, moving)
+    fixed = _fixed(program, moving) if hold else set()
+    moved = [
         replace(block, nodes=tuple(n for n in block.nodes if n not in settled))
-        for block in outline(program)
+        for block in (outline(program) if blocks is None else blocks)
     ]
-    for block, leaving in zip(blocks, _leaving(program, blocks, settled), strict=True):
-        yield BlockFunction(program.module, block, leaving, settled, compute)
-
-
-def logits_node(program: Program) -> Node:
-    """The node of the logits, the first output."""
-    (output,) = (n for n in program.graph.nodes if n.op == "output")
-    logits: Node = output.all_input_nodes[0]
-    return logits
+    for block, leaving in zip(moved, _leaving(program, moved, settled), strict=True):
+        yield BlockFunction(program.module, block, leaving, settled | fixed, compute)
 
 
 def stream(values: Environment) -> Tensor | None:
@@ -161,18 +194,12 @@ def _settled(program: Program, moving: Collection[int]) -> set[Node]:
     return found
 
 
-@torch.no_grad()
-def _constant(module: fx.GraphModule, node: Node, compute: torch.dtype) -> object:
-    """The value of a settled node, in what linears multiply in where it is their weight alone."""
-    values: Environment = {}
-    for step in ancestors(node):
-        if step.op != "get_attr":
-            values[step] = run_node(module, step, values, None)
-    value: object = values[node]
-    if all(u.target is LINEAR and u.args[1] is node for u in node.users):
-        assert isinstance(value, Tensor)
-        return value.to(compute)
-    return value
+def _fixed(program: Program, moving: Collection[int]) -> set[Node]:
+    """The nodes of the parameters that are not among these."""
+    values = {
+        n: held(program.module, str(n.target)) for n in program.graph.nodes if n.op == "get_attr"
+    }
+    return {n for n, v in values.items() if isinstance(v, nn.Parameter) and id(v) not in moving}
 
 
 def _parameters(module: fx.GraphModule, node: Node) -> list[Tensor]:

@@ -93,10 +93,11 @@ def train_blocks(
     original = [bind_inputs(exact.module, exact.arguments(ids), None) for ids in pieces]
     named = {node.name: node for node in program.graph.nodes}
     trained = [p for group in groups for p in group.parameters.values()]
-    functions = block_functions(program, trained, compute=compute)
+    functions = block_functions(program, trained, compute=compute, hold=True)
     states: dict[str, TrainingState] = {}
     progress.start("block-wise training", len(outline(program)) - 1)
-    for block, twin in zip(functions, block_functions(exact, compute=compute), strict=True):
+    twins = block_functions(exact, compute=compute, hold=True)
+    for block, twin in zip(functions, twins, strict=True):
         if block.name in ("model", "head"):
             break
         _advance(twin, original)

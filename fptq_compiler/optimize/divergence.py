@@ -6,29 +6,28 @@ With P the teacher's softmax, Q the student's, M = (P + Q) / 2, and sums over th
     Jensen-Shannon    (KL(P‖M) + KL(Q‖M)) / 2, symmetric and at most ln 2
     top-1 agreement   the share of tokens where P and Q have their maximum at the same id
 
-The softmaxes exist in float32 for TOKENS_AT_ONCE tokens only, and again when their part of the
-gradient is computed: beside the logits themselves the memory does not grow with the tokens.
+Each is computed with its gradient to the student's logits: Q - P, and Q times (log Q - log M) / 2
+less its mean under Q. Logits may be whole, or given by what the last linear reads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-TOKENS_AT_ONCE = 32
+from fptq_compiler.optimize.token_parts import Given, mean_over_tokens
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def forward_kl(student: Given, teacher: Given) -> Tensor:
     """KL(teacher‖student), the mean over tokens in nats.
 
     Args:
-        student_logits: [..., V], finite, of any float type; gradients flow to them.
-        teacher_logits: [..., V], on the same device.
+        student: logits [..., V], finite, of any float type; gradients flow to them.
+        teacher: logits [..., V], on the same device.
 
     Returns:
         float32 [].
@@ -36,15 +35,15 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ, or there are no tokens.
     """
-    return _mean_over_tokens(_forward_kl, student_logits, teacher_logits)
+    return mean_over_tokens(_forward_kl, student, teacher)
 
 
-def top_k_kl(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tensor:
+def top_k_kl(student: Given, teacher: Given, *, k: int) -> Tensor:
     """The forward KL among the teacher's k likeliest ids (arXiv 2501.13987), in nats.
 
     Args:
-        student_logits: [..., V], finite, of any float type; gradients flow to them.
-        teacher_logits: [..., V], on the same device.
+        student: logits [..., V], finite, of any float type; gradients flow to them.
+        teacher: logits [..., V], on the same device.
         k: ids of each token that count; all of them where V is less.
 
     Returns:
@@ -53,8 +52,7 @@ def top_k_kl(student_logits: Tensor, teacher_logits: Tensor, *, k: int) -> Tenso
     Raises:
         ValueError: the shapes differ, or there are no tokens.
     """
-    _check(student_logits, teacher_logits)
-    return kl_among(student_logits, *likeliest(teacher_logits, k))
+    return mean_over_tokens(partial(_top_k_kl, k=k), student, teacher)
 
 
 def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -63,11 +61,11 @@ def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-def kl_among(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Tensor:
+def kl_among(student: Given, teacher_logits: Tensor, ids: Tensor) -> Tensor:
     """The forward KL among some ids of each token (arXiv 2501.13987), in nats.
 
     Args:
-        student_logits: [..., V], finite, of any float type; gradients flow to them.
+        student: logits [..., V], finite, of any float type; gradients flow to them.
         teacher_logits: [..., k], of those ids.
         ids: [..., k] of int64.
 
@@ -77,15 +75,15 @@ def kl_among(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> Ten
     Raises:
         ValueError: there are no tokens, or the shapes differ.
     """
-    return forward_kl(student_logits.gather(-1, ids), teacher_logits)
+    return mean_over_tokens(_kl_among, student, teacher_logits, ids)
 
 
-def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def jensen_shannon(student: Given, teacher: Given) -> Tensor:
     """The Jensen-Shannon divergence, the mean over tokens in nats; between 0 and ln 2.
 
     Args:
-        student_logits: [..., V], finite, of any float type; gradients flow to them.
-        teacher_logits: [..., V], on the same device.
+        student: logits [..., V], finite, of any float type; gradients flow to them.
+        teacher: logits [..., V], on the same device.
 
     Returns:
         float32 [].
@@ -93,65 +91,72 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ, or there are no tokens.
     """
-    return _mean_over_tokens(_jensen_shannon, student_logits, teacher_logits)
+    return mean_over_tokens(_jensen_shannon, student, teacher)
 
 
 @torch.no_grad()
-def top1_agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def top1_agreement(student: Given, teacher: Given) -> Tensor:
     """The share of tokens whose likeliest id is the same: [..., V] twice to float32 [].
 
     Raises:
         ValueError: the shapes differ, or there are no tokens.
     """
-    return _mean_over_tokens(_agreeing, student_logits, teacher_logits)
-
-
-def _mean_over_tokens(
-    summed: Callable[[Tensor, Tensor], Tensor], student_logits: Tensor, teacher_logits: Tensor
-) -> Tensor:
-    _check(student_logits, teacher_logits)
-    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits))
-    parts = (torch.split(x, TOKENS_AT_ONCE) for x in (student, teacher))
-    sums = [
-        checkpoint(summed, q, p, use_reentrant=False, preserve_rng_state=False)
-        for q, p in zip(*parts, strict=True)
-    ]
-    return torch.stack(sums).sum() / student.shape[0]
-
-
-def _check(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    if student_logits.shape != teacher_logits.shape or student_logits.numel() == 0:
-        message = (
-            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
-            f"{tuple(teacher_logits.shape)}; expected the same (..., vocabulary) of some tokens"
-        )
-        raise ValueError(message)
+    return mean_over_tokens(_agreeing, student, teacher)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return functional.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
-def _forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Σ over tokens: [N, V] twice to []."""
-    log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+def _check(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        message = (
+            f"the student has a vocabulary of {student.shape[-1]}, the teacher one of "
+            f"{teacher.shape[-1]}; expected the same"
+        )
+        raise ValueError(message)
 
 
-def _jensen_shannon(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Σ over tokens: [N, V] twice to [].
+def _forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] twice to the sum over tokens [], and its gradient [N, V]."""
+    _check(student, teacher)
+    log_q, log_p = _log_softmax(student), _log_softmax(teacher)
+    total = functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return total, log_q.exp_().sub_(log_p.exp_())
+
+
+def _top_k_kl(student: Tensor, teacher: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """The same among the teacher's k likeliest."""
+    _check(student, teacher)
+    return _kl_among(student, *likeliest(teacher, k))
+
+
+def _kl_among(student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of logits [N, V], and [N, k] of the ids [N, k]."""
+    total, gradient = _forward_kl(student.gather(-1, ids), teacher)
+    return total, torch.zeros_like(student, dtype=torch.float32).scatter_(-1, ids, gradient)
+
+
+def _jensen_shannon(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] twice to the sum over tokens [], and its gradient [N, V].
 
     log(P / M) = ln 2 - softplus(log Q - log P): of the difference alone, so that what is close
     keeps its digits.
     """
-    log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+    _check(student, teacher)
+    log_q, log_p = _log_softmax(student), _log_softmax(teacher)
     difference = log_q - log_p
     over_p = math.log(2) - functional.softplus(difference)
-    over_q = math.log(2) - functional.softplus(-difference)
-    return (log_p.exp() * over_p + log_q.exp() * over_q).sum() / 2
+    over_q = math.log(2) - functional.softplus(difference.neg_())
+    q, p = log_q.exp_(), log_p.exp_()
+    from_q = over_q.mul_(q)
+    each = from_q.sum(-1, keepdim=True)
+    total = (each.sum() + p.mul_(over_p).sum()) / 2
+    return total, from_q.addcmul_(q, each, value=-1).mul_(0.5)
 
 
-def _agreeing(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """How many tokens agree: [N, V] twice to []."""
-    same = student_logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)
-    return same.sum(dtype=torch.float32)
+def _agreeing(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens agree; nothing learns from it."""
+    _check(student, teacher)
+    same = student.argmax(dim=-1) == teacher.argmax(dim=-1)
+    return same.sum(dtype=torch.float32), torch.zeros_like(student)

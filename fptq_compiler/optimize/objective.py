@@ -16,8 +16,9 @@ from fptq_compiler.optimize.divergence import (
     top_k_kl,
 )
 from fptq_compiler.optimize.student import Student
+from fptq_compiler.optimize.token_parts import Logits
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+Divergence = Callable[[Logits, Logits], Tensor]
 Objective = Callable[[Student, Student, Tensor], Tensor]
 
 
@@ -46,8 +47,8 @@ def _of_logits(
     divergence: Divergence, student: Student, teacher: Student, ids: Tensor
 ) -> Tensor:
     with torch.no_grad():
-        expected = teacher(ids)
-    return divergence(student(ids), expected)
+        expected = teacher.logits(ids)
+    return divergence(student.logits(ids), expected)
 
 
 class RememberedTeacher:
@@ -65,7 +66,7 @@ class RememberedTeacher:
         """The loss [] of ids (B, S)."""
         said = [self._said(teacher, row) for row in ids]
         values, likely = (torch.stack(parts).to(ids.device) for parts in zip(*said, strict=True))
-        return kl_among(student(ids), values, likely.long())
+        return kl_among(student.logits(ids), values, likely.long())
 
     @torch.no_grad()
     def _said(self, teacher: Student, row: Tensor) -> tuple[Tensor, Tensor]:

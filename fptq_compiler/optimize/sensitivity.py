@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.graph.blocks import BlockRunner
+from fptq_compiler.graph.blocks import BlockRunner, logits_node
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.bypass import Bypass
@@ -52,8 +52,7 @@ class _OneBlockAtWork:
     def __init__(self, program: Program, exact: Program) -> None:
         self._program = program
         self._bypass = Bypass(program, exact)
-        (output,) = (n for n in program.graph.nodes if n.op == "output")
-        self._logits = output.all_input_nodes[0]
+        self._logits = logits_node(program)
         self._reference: Tensor | None = None
         self._blocks: dict[int, str] = {}
         self.at_work: Environment | None = None

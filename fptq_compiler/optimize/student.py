@@ -16,15 +16,14 @@ from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
 from fptq_compiler.errors import OptimizationError
+from fptq_compiler.graph.blocks import Block, outline, outline_with_logits
 from fptq_compiler.graph.evaluate import Environment, Watcher, bind_inputs
 from fptq_compiler.graph.program import Program, source_line
-from fptq_compiler.optimize.block_function import (
-    BlockFunction,
-    block_functions,
-    logits_node,
-    stream,
-)
+from fptq_compiler.graph.stored import worth_holding
+from fptq_compiler.optimize.block_function import BlockFunction, block_functions, stream
+from fptq_compiler.optimize.last_linear import LastLinear
 from fptq_compiler.optimize.shards import Shards, frozen_matrices, release, restore
+from fptq_compiler.optimize.token_parts import Logits
 
 
 class Student:
@@ -51,19 +50,26 @@ class Student:
         self.program = program
         self._checkpointing = checkpointing
         self._matrices = frozen_matrices(program, trained) if sharded else {}
-        given = self._matrices.values()
-        self._blocks = list(block_functions(program, trained, given=given, compute=compute))
+        # What shards hold can be read in its block alone, not a few tokens at a time.
+        whole = [*outline(program), Block("logits", ())]
+        *self._blocks, last = block_functions(
+            program, trained, given=self._matrices.values(), compute=compute,
+            blocks=whole if sharded else outline_with_logits(program),
+            hold=worth_holding(program.module),
+        )
         self._shards = [
             Shards(program, [m for m in self._matrices if m in block.read])
             for block in self._blocks if sharded
         ]
-        self._logits = logits_node(program)
+        self._last = LastLinear(program, last)
 
     def __call__(self, ids: Tensor, watch: Watcher | None = None) -> Tensor:
         """Logits (B, S, V) in float32; `watch` sees every node and its value."""
-        logits = self._through(self._blocks, ids, watch)[self._logits]
-        assert isinstance(logits, Tensor)
-        return logits.float()
+        return self._last(self._through(self._blocks, ids, watch), watch).whole()
+
+    def logits(self, ids: Tensor) -> Logits:
+        """The same, computed where they are read, a few tokens at a time."""
+        return self._last(self._through(self._blocks, ids))
 
     @property
     def module(self) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fptq_compiler.graph.edges import online_map
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.stored import held_for_many_runs
 from fptq_compiler.optimize.batches import Batches
 from fptq_compiler.optimize.blockwise import train_blocks
 from fptq_compiler.optimize.compute_type import faster_type
@@ -72,16 +71,13 @@ class TrainingStage:
         )
         compute = _compute_type(chosen.compute, program.device)
         insert_corrections(program, chosen.weights, rank=chosen.rank, seed=recipe.seed)
-        with (
-            held_for_many_runs(program.module),
-            trainable(
-                program, self.maps,
-                transforms_rate=chosen.transforms_rate, weights_rate=chosen.weights_rate,
-                activations_rate=chosen.activations_rate,
-                zero_points_rate=chosen.zero_points_rate,
-                correction_rate=chosen.correction_rate,
-            ) as groups,
-        ):
+        with trainable(
+            program, self.maps,
+            transforms_rate=chosen.transforms_rate, weights_rate=chosen.weights_rate,
+            activations_rate=chosen.activations_rate,
+            zero_points_rate=chosen.zero_points_rate,
+            correction_rate=chosen.correction_rate,
+        ) as groups:
             if recipe.blockwise.steps > 0:
                 with report.stage("block-wise training"):
                     self._train_blocks(
@@ -123,26 +119,25 @@ class TrainingStage:
         )
         taught = self.transformed if chosen.objective == "hidden-mse" else self.original
         trained = [p for group in groups for p in group.parameters.values()]
-        with held_for_many_runs(taught.module):
-            sharded = chosen.sharded and ranks() > 1
-            teacher = Student(taught, trained, compute=compute, sharded=sharded)
-            student = Student(
-                program, trained,
-                compute=compute, checkpointing=chosen.checkpointing, sharded=sharded,
+        sharded = chosen.sharded and ranks() > 1
+        teacher = Student(taught, trained, compute=compute, sharded=sharded)
+        student = Student(
+            program, trained,
+            compute=compute, checkpointing=chosen.checkpointing, sharded=sharded,
+        )
+        with teacher.released(), student.released():
+            seconds = _seconds_of_a_step(student, teacher, groups, batches, goal)
+            progress.start(
+                f"end-to-end training: {chosen.steps} steps of {chosen.batch} x "
+                f"{self.rows.shape[1]} tokens in {str(compute).removeprefix('torch.')}, "
+                f"about {seconds * chosen.steps / 60:.0f} min",
+                chosen.steps,
             )
-            with teacher.released(), student.released():
-                seconds = _seconds_of_a_step(student, teacher, groups, batches, goal)
-                progress.start(
-                    f"end-to-end training: {chosen.steps} steps of {chosen.batch} x "
-                    f"{self.rows.shape[1]} tokens in {str(compute).removeprefix('torch.')}, "
-                    f"about {seconds * chosen.steps / 60:.0f} min",
-                    chosen.steps,
-                )
-                state = train(
-                    student, teacher, groups, batches, _plan(chosen, chosen.steps),
-                    objective=goal, keeper=self.keeper, progress=progress,
-                )
-                progress.done()
+            state = train(
+                student, teacher, groups, batches, _plan(chosen, chosen.steps),
+                objective=goal, keeper=self.keeper, progress=progress,
+            )
+            progress.done()
         if state.seconds:
             report.tokens_per_second = (
                 chosen.batch * self.rows.shape[1] / statistics.median(state.seconds)

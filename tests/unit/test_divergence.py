@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from fptq_compiler.optimize.divergence import (
-    TOKENS_AT_ONCE,
     forward_kl,
     jensen_shannon,
     top1_agreement,
+    top_k_kl,
 )
+from fptq_compiler.optimize.token_parts import TOKENS_AT_ONCE, Logits
 
 FLOAT32 = 5e-7
 """Some roundings of float32, of sums of at most a few terms near 1."""
@@ -136,7 +139,43 @@ def test_agreement_counts_tokens_with_the_same_maximum() -> None:
 
 @pytest.mark.parametrize("measure", [forward_kl, jensen_shannon, top1_agreement])
 def test_other_shapes_are_refused(measure: Callable[[Tensor, Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"\(2, 3\), the teacher's \(2, 4\)"):
+    with pytest.raises(ValueError, match="a vocabulary of 3, the teacher one of 4"):
         measure(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="of some tokens"):
+    with pytest.raises(ValueError, match=r"of \(2, 3\) and \(3, 2\) tokens"):
+        measure(torch.zeros(2, 3, 5), torch.zeros(3, 2, 5))
+    with pytest.raises(ValueError, match="expected as many, and some"):
         measure(torch.zeros(0, 3), torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize(
+    "divergence", [forward_kl, jensen_shannon, partial(top_k_kl, k=5), top1_agreement]
+)
+def test_logits_by_what_they_are_computed_from_give_the_same(
+    divergence: Callable[..., Tensor], seed: int
+) -> None:
+    """Values, and the gradients to tokens and to a weight that all tokens read."""
+    tokens, weight = logits(seed, 2, TOKENS_AT_ONCE, 8), logits(seed + 1, 20, 8)
+    teacher = logits(seed + 2, 2, TOKENS_AT_ONCE, 20)
+    read = tokens[:, 3:].requires_grad_(), weight.requires_grad_()
+    parts = Logits(*read[:1], read[1:], functional.linear)
+    found = divergence(parts, Logits(teacher[:, 3:]))
+    expected = divergence(functional.linear(*read), teacher[:, 3:])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert torch.equal(parts.whole(), functional.linear(*read))
+    if divergence is top1_agreement:
+        return
+    torch.testing.assert_close(
+        torch.autograd.grad(found, read), torch.autograd.grad(expected, read), rtol=1e-4, atol=1e-8
+    )
+
+
+def test_logits_exist_for_a_few_tokens_at_a_time() -> None:
+    sizes = []
+
+    def of(tokens: Tensor) -> Tensor:
+        sizes.append(len(tokens))
+        return tokens.repeat(1, 3)
+
+    tokens = torch.ones(2, TOKENS_AT_ONCE, 4)
+    jensen_shannon(Logits(tokens[:, 1:], (), of), Logits(tokens[:, 1:], (), of))
+    assert sizes == [TOKENS_AT_ONCE] * 2 + [TOKENS_AT_ONCE - 2] * 2

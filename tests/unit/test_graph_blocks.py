@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch.fx import Node
 
-from fptq_compiler.graph.blocks import BlockRunner, outline
+from fptq_compiler.graph.blocks import (
+    BlockRunner,
+    logits_node,
+    outline,
+    outline_with_logits,
+)
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
+from fptq_compiler.graph.surgery import call
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.passes import FIND_SITES, insertion
 from tests.toys import ToyConfig, export_toy, make_tokens
 
 CONFIG = ToyConfig(layers=3)
+aten = torch.ops.aten
 exported = pytest.fixture(scope="module")(lambda: export_toy(CONFIG))
 
 
@@ -47,6 +55,43 @@ def test_outline_cuts_the_graph_into_its_blocks(program: Program) -> None:
     assert "lm_head.weight" in weights[-1]
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_the_logits_are_a_block_of_their_own(program: Program, capped: bool) -> None:
+    """The last linear and what follows value by value, such as a soft cap."""
+    if capped:
+        _behind_logits(program, aten.div.Tensor, 30.0)
+        _behind_logits(program, aten.tanh.default)
+        _behind_logits(program, aten.mul.Tensor, 30.0)
+    *front, head, logits = outline_with_logits(program)
+    assert [b.name for b in front] == ["embedding", "blocks.0", "blocks.1", "blocks.2"]
+    assert (head.name, logits.name) == ("head", "logits")
+    assert [n.target for n in logits.nodes] == [aten.linear.default] + capped * [
+        aten.div.Tensor, aten.tanh.default, aten.mul.Tensor
+    ]
+    assert [*head.nodes, *logits.nodes] == [*outline(program)[-1].nodes]
+
+
+def test_logits_that_depend_on_each_other_stay_in_the_head(program: Program) -> None:
+    _behind_logits(program, aten.softmax.int, -1)
+    *_, head, logits = outline_with_logits(program)
+    assert logits.nodes == ()
+    assert head == outline(program)[-1]
+
+
+def test_a_linear_that_something_else_reads_stays_in_the_head(program: Program) -> None:
+    linear = logits_node(program)
+    _behind_logits(program, aten.amax.default, [-1], True)
+    _behind_logits(program, aten.mul.Tensor, linear)
+    assert outline_with_logits(program)[-1].nodes == ()
+
+
+def _behind_logits(program: Program, target: Any, *rest: Any) -> None:
+    logits = logits_node(program)
+    (output,) = logits.users
+    capped = call(program.graph, output, target, (logits, *rest), like=logits)
+    output.replace_input_with(logits, capped)
+
+
 def test_without_known_attention_the_model_is_one_block(exported: Any) -> None:
     program = unlift(exported)
     (block,) = outline(program)
@@ -59,8 +104,7 @@ def test_block_by_block_equals_the_whole_run(program: Program) -> None:
     runner = BlockRunner(program, batches)
     for block in runner.blocks:
         runner.run_block(block)
-    (output,) = (n for n in program.graph.nodes if n.op == "output")
-    (result,) = output.all_input_nodes
+    result = logits_node(program)
     for ids, environment in zip(batches, runner._environments, strict=True):
         # No tolerance: the same operators in the same order.
         assert environment[result].equal(program.run(ids))

@@ -128,6 +128,17 @@ def test_weights_are_held_for_many_runs_where_they_are_few(
         assert held(module, "second.weight") is before
 
 
+def test_large_values_made_of_a_stored_parameter_are_mapped(
+    values: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = held(a_module(values, tmp_path), "first.weight")
+    found = origin.mapped(values)
+    assert torch.equal(found, values)
+    assert found is not values
+    monkeypatch.setattr(stored, "LARGE", values.nbytes + 1)
+    assert origin.mapped(values) is values
+
+
 def test_a_value_cannot_be_taken_by_mistake(values: torch.Tensor, tmp_path: Path) -> None:
     module = a_module(values, tmp_path)
     with pytest.raises(NotImplementedError, match="meta tensor"):

@@ -5,15 +5,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fptq_compiler.errors import OptimizationError
-from fptq_compiler.graph import evaluate
+from fptq_compiler.graph import blocks, evaluate
 from fptq_compiler.graph.blocks import outline
 from fptq_compiler.optimize import block_function
+from fptq_compiler.optimize import student as student_module
 from fptq_compiler.optimize.block_function import block_functions
+from fptq_compiler.optimize.divergence import jensen_shannon
 from fptq_compiler.optimize.student import Student
+from fptq_compiler.optimize.token_parts import Logits
 from fptq_compiler.transforms.dense import shared_evaluation
 from tests.quantized_toy import Quantized, groups_of, parameters_of, quantized
 
@@ -132,11 +135,64 @@ def test_a_graph_without_blocks_has_no_hidden_state(
 ) -> None:
     whole = [n for block in outline(toy.program) for n in block.nodes]
     block = type(outline(toy.program)[0])("model", tuple(whole))
-    monkeypatch.setattr(block_function, "outline", lambda program: [block])
+    monkeypatch.setattr(blocks, "outline", lambda program: [block])
     student = Student(toy.program)
     assert torch.equal(student(ids), toy.program.run(ids))
     with pytest.raises(OptimizationError, match="cannot be cut into blocks"):
         student.hidden(ids)
+
+
+def test_logits_in_parts_have_the_gradients_of_the_whole(toy: Quantized, ids: Tensor) -> None:
+    """Also those of the head's own quantiser, in front of the last linear."""
+    with groups_of(toy) as groups:
+        parameters = parameters_of(groups)
+        student, expected = Student(toy.program, parameters), toy.original.run(ids)
+        parts = student.logits(ids)
+        assert parts.tokens.shape[-1] != expected.shape[-1]
+        losses = [jensen_shannon(x, expected) for x in (parts, Logits(student(ids)))]
+        found, whole = (torch.autograd.grad(loss, parameters) for loss in losses)
+    assert sum(bool(x.any()) for x in whole) > 30
+    for part, exact in zip(found, whole, strict=True):
+        # float32 sums of the same terms in another order
+        torch.testing.assert_close(part, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_map_of_the_head_learns_through_logits_in_parts(ids: Tensor) -> None:
+    """T_r stands on the last weight too, which is then what all tokens read."""
+    with quantized(residual=True) as toy, groups_of(toy) as groups:
+        parameters = parameters_of(groups)
+        student, expected = Student(toy.program, parameters), toy.original.run(ids)
+        with shared_evaluation(student.module):
+            parts = student.logits(ids)
+            assert [x.requires_grad for x in parts.shared] == [True]
+            found = torch.autograd.grad(jensen_shannon(parts, expected), parameters)
+        with shared_evaluation(student.module):
+            whole = torch.autograd.grad(jensen_shannon(student(ids), expected), parameters)
+    for part, exact in zip(found, whole, strict=True):
+        torch.testing.assert_close(part, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_parameters_are_held_in_what_reads_them(
+    toy: Quantized, hold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of linears in their compute type, once; a table as it is."""
+    monkeypatch.setattr(student_module, "worth_holding", lambda module: hold)
+    read: Counter[str] = Counter()
+
+    def attribute(module: nn.Module, target: str) -> object:
+        read[target] += 1
+        return evaluate.held(module, target)
+
+    monkeypatch.setattr(evaluate, "attribute", attribute)
+    teacher = Student(toy.original, compute=torch.bfloat16)
+    read.clear()
+    teacher(toy.rows[:2])
+    weights = {name for name in read if name.endswith("proj.weight") or "lm_head" in name}
+    assert bool(weights) is not hold
+    constants = {n.name: v for b in teacher._blocks for n, v in b._constants.items()}
+    types = {name: value.dtype for name, value in constants.items() if "proj" in name}
+    assert set(types.values()) == ({torch.bfloat16} if hold else set())
 
 
 def test_a_block_reads_its_own_parameters_alone(toy: Quantized) -> None:
