@@ -11,14 +11,14 @@ import fptq_compiler
 
 PACKAGE = Path(fptq_compiler.__file__).parent
 
+SOURCE, MEMORY = "source_line", "memory"
+"""Reads stack traces; hands freed memory back: both need the standard library only."""
+
 RECORDS = {
     "progress", "recipe", "recipe_parts", "recipe_training", "closed_config", "report",
-    "stage_clock", "memory", "inspection",
+    "stage_clock", MEMORY, "inspection",
 }
 """Plain modules that need no torch: what a stage is asked for, what it says it did and costs."""
-
-SOURCE = "source_line"
-"""Reads stack traces; needs the standard library only."""
 
 MATHEMATICS = {"errors", "transforms", "quant"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "transforms": {"errors"},
     "quant": {"errors"},
     "graph": MATHEMATICS | {SOURCE},
-    "passes": MATHEMATICS | {"graph"},
+    "passes": MATHEMATICS | {"graph", MEMORY},
     "optimize": MATHEMATICS | {"graph"} | RECORDS,
     "lower": MATHEMATICS | {"graph", "runtime"} | RECORDS,  # runtime for its session file
     "runtime": {"errors"},
