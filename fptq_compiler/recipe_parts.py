@@ -41,7 +41,7 @@ HADAMARD_BLOCKS: Final = (0, 16, 32, 64, 128, 256, 512)
 ACCURACY_LEVELS: Final = (1, 4)
 ROUNDINGS: Final = ("nearest", "gptq")
 SINKS: Final = ("first-position", "none")
-OBJECTIVES: Final = ("weights", "activations")
+OBJECTIVES: Final = ("auto", "weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -253,13 +253,14 @@ class LocalRecipe:
         steps: AdamW steps; 0 leaves the transforms at their start.
         learning_rate: of AdamW.
         p: power of the norm of the transformed tensors that is minimised.
-        objective: "weights" (data-free), or "activations" (weights and calibration batches).
+        objective: "weights" (data-free), "activations" (weights and calibration batches), or
+            "auto": the second where there are calibration tokens.
     """
 
     steps: int = 100
     learning_rate: float = 1e-2
     p: float = 4.0
-    objective: str = "weights"
+    objective: str = "auto"
 
     def __post_init__(self) -> None:
         check_at_least("local.steps", self.steps, 0)

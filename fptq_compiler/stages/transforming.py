@@ -69,7 +69,7 @@ def transform(
     Args:
         program: as `unlift` gives it; rewritten in place, its function preserved.
         recipe: which transforms, and how they are optimised.
-        ids: calibration tokens (samples, length), where the objective needs activations.
+        ids: calibration tokens (samples, length), where the objective may take activations.
         report: gets stages, curves and the errors that verification measured.
         progress: listens.
         work: keeps trained transforms, for a run that goes on.
@@ -207,7 +207,7 @@ def _optimize(
     curves = work.load_maps(program, ids) if work is not None else None
     if curves is None:
         activations = None
-        if recipe.local.objective == "activations" and ids is not None:
+        if recipe.local.objective != "weights" and ids is not None:
             activations = map_inputs(program, [ids])
         curves = optimize_locally(
             program,

@@ -111,7 +111,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "steps = 100\n"
         "learning_rate = 0.01\n"
         "p = 4.0\n"
-        'objective = "weights"\n'
+        'objective = "auto"\n'
         "\n[blockwise]\n"
         "steps = 0\n"
         "rate = 1.0\n"
