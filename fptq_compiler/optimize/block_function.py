@@ -3,6 +3,7 @@
 What depends on nothing that is trained (the embedding's codes, a rotation's merged weights) is
 computed once, when the function is made. Linear layers may multiply in bfloat16 and add in
 float32, as the processors that have it do; their quantisers, and all else, stay in float32.
+Attention goes through a fused kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn.functional import linear
 
+from fptq_compiler.graph import ops
 from fptq_compiler.graph.blocks import Block, logits_node, outline
 from fptq_compiler.graph.evaluate import (
     Environment,
@@ -28,6 +30,7 @@ from fptq_compiler.graph.evaluate import (
 )
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.stored import StoredParameter
+from fptq_compiler.optimize.fused_attention import fused_attention
 
 aten = torch.ops.aten
 
@@ -124,6 +127,8 @@ class BlockFunction:
         return value.clone() if stored and node.op == "get_attr" else value
 
     def _value(self, node: Node, values: Environment) -> object:
+        if node.target is ops.attention:
+            return fused_attention(*arguments(self._module, node, values))
         if node.target is not aten.linear.default or self._compute is torch.float32:
             return run_node(self._module, node, values, None)
         x, weight, *bias = arguments(self._module, node, values)
