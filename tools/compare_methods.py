@@ -128,11 +128,11 @@ def compressed(
 ) -> Cell:
     """What another tool makes of the model in float, without its perplexity; as `compiled`."""
     name, _, python = peer.partition("=")
-    original, ids = folder / "float.onnx", folder / "ids.npy"
+    original, ids = folder / "float" / "out.onnx", folder / "ids.npy"
     if not original.exists():
         words = f"{options} --recipe rtn --transforms none"
-        measure(model, calibration, folder, FLOAT, words)
-        (folder / "out.onnx").rename(original)
+        original.parent.mkdir(exist_ok=True)
+        measure(model, calibration, original.parent, FLOAT, words)
         stream = token_stream(calibration, load_tokenizer(tokenizer), PEER_ROWS * PEER_TOKENS)
         np.save(ids, stream.reshape(-1, PEER_TOKENS))
     started = time.perf_counter()

@@ -27,6 +27,9 @@ def folded(source: Path) -> onnx.ModelProto:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        options.add_session_config_entry(  # weights that lie beside the file come along
+            "session.optimized_model_external_initializers_file_name", "folded.data"
+        )
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath)
 

@@ -8,6 +8,7 @@ float64 and leaves the parameter alone, under its old name.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,24 @@ class ReorderEdge(Edge):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that reads its input in that order."""
-        return weight[:, self.get_buffer("order").to(weight.device)]
+        found: Tensor = _Reorder.apply(  # type: ignore[no-untyped-call]
+            weight, self.get_buffer("order").to(weight.device)
+        )
+        return found
+
+
+class _Reorder(torch.autograd.Function):
+    """`weight[:, order]` of a permutation, whose gradient is one too: an index sums in general."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return weight.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradients[0].index_select(1, order.argsort()), None
 
 
 class LowRankEdge(Edge):

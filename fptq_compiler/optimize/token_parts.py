@@ -7,7 +7,7 @@ what is kept for the backward pass is the gradient of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 TOKENS_AT_ONCE = 64
+"""Whose logits are computed together: one read of the last weight."""
+VALUES_AT_ONCE = 1 << 19
+"""Of them, on a CPU, the logits whose softmaxes are: some buffers of these fit into its caches."""
 
 
 def themselves(logits: Tensor) -> Tensor:
@@ -99,12 +102,14 @@ class _SumOverParts(torch.autograd.Function):
             with torch.enable_grad():
                 logits = of(*read)
             beside = [g.of(g.rows[part], *g.shared) for g in given]
-            value, gradient = slope(logits.detach(), *beside)
-            total += value
+            gradient = torch.empty_like(logits)
+            for piece in _pieces(logits):
+                value, gradient[piece] = slope(logits[piece].detach(), *(x[piece] for x in beside))
+                total += value
             if not logits.requires_grad:
                 continue
             learning = [x for x in read if x.requires_grad]
-            found = iter(torch.autograd.grad(logits, learning, gradient.to(logits.dtype)))
+            found = iter(torch.autograd.grad(logits, learning, gradient))
             sums = [gradients[0] if gradients[0] is None else gradients[0][part], *gradients[1:]]
             for whole in sums:
                 if whole is not None:
@@ -116,3 +121,10 @@ class _SumOverParts(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         found = (None if g is None else g * outer[0] for g in ctx.saved_tensors)
         return None, None, None, *found
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    """The tokens of logits [N, V] whose softmaxes are computed together."""
+    tokens, vocabulary = logits.shape
+    size = max(1, VALUES_AT_ONCE // vocabulary) if logits.device.type == "cpu" else tokens
+    return (slice(start, start + size) for start in range(0, tokens, size))

@@ -87,8 +87,9 @@ def test_the_whole_table(
     assert rows[4] == "| quarot+ | 4-4-4 | 1,234.6 | 2 | 1,200 | 5 | 4,608 | 7 |"
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["inside", "beside"])
 def test_a_peer_rounds_the_float_file(
-    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: Any, tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime's own quantiser, on a file of two products; only the first becomes INT4."""
     generator = np.random.default_rng(0)
@@ -109,7 +110,10 @@ def test_a_peer_rounds_the_float_file(
     model.ir_version = 10
 
     def measure(original: Path, calibration: Path, folder: Path, *words: str) -> None:
-        onnx.save(model, folder / "out.onnx")
+        onnx.save(
+            model, folder / "out.onnx", save_as_external_data=beside, location="out.onnx.data",
+            size_threshold=0,
+        )
         (folder / "out.onnx.session.json").write_text("{}")
 
     monkeypatch.setattr(tool, "measure", measure)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from fptq_compiler.optimize import token_parts
 from fptq_compiler.optimize.divergence import (
     forward_kl,
     jensen_shannon,
@@ -150,10 +151,12 @@ def test_other_shapes_are_refused(measure: Callable[[Tensor, Tensor], Tensor]) -
 @pytest.mark.parametrize(
     "divergence", [forward_kl, jensen_shannon, partial(top_k_kl, k=5), top1_agreement]
 )
+@pytest.mark.parametrize("at_once", [60, 1 << 19], ids=["three tokens", "all"])
 def test_logits_by_what_they_are_computed_from_give_the_same(
-    divergence: Callable[..., Tensor], seed: int
+    divergence: Callable[..., Tensor], seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values, and the gradients to tokens and to a weight that all tokens read."""
+    monkeypatch.setattr(token_parts, "VALUES_AT_ONCE", at_once)
     tokens, weight = logits(seed, 2, TOKENS_AT_ONCE, 8), logits(seed + 1, 20, 8)
     teacher = logits(seed + 2, 2, TOKENS_AT_ONCE, 20)
     read = tokens[:, 3:].requires_grad_(), weight.requires_grad_()
