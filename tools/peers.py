@@ -22,7 +22,10 @@ BITS, BLOCK = 4, 32
 
 
 def folded(source: Path) -> onnx.ModelProto:
-    """The file with its constants folded: both tools look for weights that nothing transposes."""
+    """The file with its constants folded: both tools look for weights that nothing transposes.
+
+    ONNX Runtime leaves casts of constants, with which NNCF stops.
+    """
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -31,7 +34,14 @@ def folded(source: Path) -> onnx.ModelProto:
             "session.optimized_model_external_initializers_file_name", "folded.data"
         )
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath)
+        model = onnx.load(options.optimized_model_filepath)
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [n for n in model.graph.node if n.op_type == "Cast" and n.input[0] in values]:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(onnx.helper.get_node_attr_value(node, "to"))
+        value = onnx.numpy_helper.to_array(values[node.input[0]]).astype(dtype)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
+        model.graph.node.remove(node)
+    return model
 
 
 def ort_rtn(source: Path, target: Path, ids: Path) -> None:

@@ -127,6 +127,23 @@ def bind_sources(
         _register(module, name, kept)
 
 
+def put_away(module: nn.Module, folder: Path) -> None:
+    """Write the large parameters of a module to files in `folder`, tied ones to one.
+
+    Raises:
+        PassError: the folder is full.
+    """
+    written: dict[Hashable, ScratchFile] = {}
+    for name, value in list(module.named_parameters(remove_duplicate=False)):
+        if value.nbytes < LARGE:
+            continue
+        place = (value.data_ptr(), value.shape)
+        if place not in written:
+            written[place] = ScratchFile(folder, value)
+        stored = StoredParameter(written[place], value.shape, value.dtype, folder)
+        _register(module, name, stored)
+
+
 def hold(module: nn.Module) -> dict[str, StoredParameter]:
     """Read all stored parameters into memory; gives those, by name."""
     stored = {

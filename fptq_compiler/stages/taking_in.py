@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from fptq_compiler.errors import UnsupportedModelError
 from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.stored import Source, bind_sources
+from fptq_compiler.graph.stored import Source, bind_sources, put_away
 from fptq_compiler.graph.unlift import unlift
 from fptq_compiler.language_model import refuse_fixed_sizes, refuse_inputs, refuse_outputs
 from fptq_compiler.passes.drop_inputs import DropInputs
@@ -31,7 +31,8 @@ def take_in(
         exported: as captured.
         cached: whether it gets a cache of ours, which needs token ids as its only input.
         sources: by parameter name where its values lie, if the program holds none.
-        folder: where rewritten weights of such a program are kept; None is memory.
+        folder: where the weights are kept, as far as they have no source, and rewritten ones;
+            None is memory.
 
     Raises:
         UnsupportedModelError: nothing embeds token ids; a captured cache, or input, that cannot
@@ -42,6 +43,8 @@ def take_in(
     program = unlift(exported)
     if sources:
         bind_sources(program.module, sources, folder)
+    elif folder is not None:
+        put_away(program.module, folder)
     vocabulary_of(program)
     refuse_outputs(program)
     run_passes(program, (StripCache(),))

@@ -20,6 +20,7 @@ from fptq_compiler.graph.stored import (
     held_for_many_runs,
     hold,
     identity,
+    put_away,
 )
 from fptq_compiler.graph.surgery import has_attribute, set_parameter
 
@@ -106,6 +107,23 @@ def test_small_values_are_held(
     monkeypatch.setattr(stored, "LARGE", values.nbytes + 1)
     module = a_module(values, tmp_path)
     assert torch.equal(module.first.weight, values.bfloat16().float())
+
+
+def test_parameters_are_put_away_tied_ones_in_one_file(
+    values: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Module()
+    module.first, module.second = (nn.Linear(5, 3) for _ in range(2))
+    module.first.weight = module.second.weight = nn.Parameter(values.t().contiguous().t())
+    monkeypatch.setattr(stored, "LARGE", values.nbytes)
+    put_away(module, tmp_path)
+    assert isinstance(held(module, "first.weight"), StoredParameter)
+    assert identity(held(module, "first.weight")) == identity(held(module, "second.weight"))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(attribute(module, "first.weight"), values)
+    assert not isinstance(held(module, "first.bias"), StoredParameter)
+    set_parameter(module, "first.weight", values + 1)
+    assert torch.equal(attribute(module, "second.weight"), values)
 
 
 def test_hold_reads_everything(values: torch.Tensor, tmp_path: Path) -> None:
