@@ -117,7 +117,7 @@ class ReorderEdge(Edge):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that reads its input in that order."""
-        found: Tensor = _Reorder.apply(  # type: ignore[no-untyped-call]
+        found: Tensor = _Reorder.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             weight, self.get_buffer("order").to(weight.device)
         )
         return found

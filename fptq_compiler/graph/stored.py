@@ -137,7 +137,7 @@ def put_away(module: nn.Module, folder: Path) -> None:
     for name, value in list(module.named_parameters(remove_duplicate=False)):
         if value.nbytes < LARGE:
             continue
-        place = (value.data_ptr(), value.shape)
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if place not in written:
             written[place] = ScratchFile(folder, value)
         stored = StoredParameter(written[place], value.shape, value.dtype, folder)

@@ -75,7 +75,7 @@ def mean_over_tokens(slope: Slope, student: Given, *given: Given) -> Tensor:
         )
         raise ValueError(message)
     tokens = asked.rows
-    total: Tensor = _SumOverParts.apply(  # type: ignore[no-untyped-call]
+    total: Tensor = _SumOverParts.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
         slope, others, asked.of, tokens, *asked.shared
     )
     return total / len(tokens)

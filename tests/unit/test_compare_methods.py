@@ -131,3 +131,25 @@ def test_a_peer_rounds_the_float_file(
     exact = x @ weights[0].T @ weights[1]
     error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 0.01 < error < 0.2
+
+
+def test_a_peer_that_leaves_all_in_float_is_an_error(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of two inputs has no weight: the peer writes a file, which has no INT4."""
+    names = ("x", "y", "z", "w")
+    values = {
+        n: onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", "n"]) for n in names
+    }
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "y"], ["z"], name="first"),
+        onnx.helper.make_node("MatMul", ["z", "y"], ["w"], name="head"),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", [values["x"], values["y"]], [values["w"]])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    model.ir_version = 10
+    onnx.save(model, tmp_path / "float.onnx")
+    peers = importlib.import_module("peers")
+    peers.ort_rtn(tmp_path / "float.onnx", tmp_path / "out.onnx", tmp_path / "ids.npy")
+    with pytest.raises(ValueError, match="has no INT4 weight"):
+        peers.refuse_float(tmp_path / "out.onnx")

@@ -126,6 +126,17 @@ def test_parameters_are_put_away_tied_ones_in_one_file(
     assert torch.equal(attribute(module, "second.weight"), values)
 
 
+def test_a_transpose_in_the_same_memory_has_a_file_of_its_own(tmp_path: Path) -> None:
+    square = torch.arange(9.0).reshape(3, 3)
+    module = nn.Module()
+    module.first, module.second = (nn.Linear(3, 3, bias=False) for _ in range(2))
+    module.first.weight = nn.Parameter(square)
+    module.second.weight = nn.Parameter(square.t())
+    put_away(module, tmp_path)
+    assert torch.equal(attribute(module, "first.weight"), square)
+    assert torch.equal(attribute(module, "second.weight"), square.t())
+
+
 def test_hold_reads_everything(values: torch.Tensor, tmp_path: Path) -> None:
     module = a_module(values, tmp_path)
     hold(module)
