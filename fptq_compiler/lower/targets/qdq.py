@@ -32,6 +32,7 @@ from fptq_compiler.lower.targets.carried import Carried, carry_attention, carry_
 from fptq_compiler.lower.targets.forms import Forms, forms_of
 from fptq_compiler.lower.targets.pairs import unpack_pairs
 from fptq_compiler.lower.targets.types import FLOAT, INT4, INT8, UINT8
+from fptq_compiler.runtime.session_file import FULL_PRECISION
 
 
 def rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
@@ -212,6 +213,5 @@ EXPANSIONS: dict[str, Expansion] = {
     "CachedAttention": _cached_attention, "Positions": _positions,
 }
 TARGET = Target(
-    "qdq", translations, EXPANSIONS, broken_promises,
-    session_config={"session.qdq_matmulnbits_accuracy_level": "1"}
+    "qdq", translations, EXPANSIONS, broken_promises, session_config=FULL_PRECISION
 )
