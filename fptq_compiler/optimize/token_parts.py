@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKENS_AT_ONCE = 64
+TOKENS_AT_ONCE = 128
 """Whose logits are computed together: one read of the last weight."""
 VALUES_AT_ONCE = 1 << 19
 """Of them, on a CPU, the logits whose softmaxes are: some buffers of these fit into its caches."""
