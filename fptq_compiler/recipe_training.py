@@ -26,8 +26,9 @@ class TrainingRecipe:
         top_k: of "top-k-kl", the teacher's likeliest tokens that count.
         remember_teacher: of "top-k-kl", keep what the original says of each sequence, 8 top_k
             bytes a token: for a text that is read more than once.
-        transforms_rate, weights_rate, activations_rate, zero_points_rate: learning rates of the
-            maps, of the logarithms of weight and activation scales, and of zero-points in codes.
+        transforms_rate, matrices_rate, weights_rate, activations_rate, zero_points_rate: learning
+            rates of the maps of channels and pairs, of those that are matrices (T_v, T_r), of the
+            logarithms of weight and activation scales, and of zero-points in codes.
         warmup: share of the steps in which the rates rise; then they fall as a cosine.
         clip: the largest norm of all gradients together.
         weights: "lora" or "full" also trains a correction of every linear's weight, merged into
@@ -50,6 +51,7 @@ class TrainingRecipe:
     top_k: int = 256
     remember_teacher: bool = False
     transforms_rate: float = 1.5e-3
+    matrices_rate: float = 3e-4
     weights_rate: float = 1.5e-3
     activations_rate: float = 1.5e-3
     zero_points_rate: float = 1e-2
@@ -82,7 +84,7 @@ class TrainingRecipe:
                 "kept, and a teacher that every process has"
             )
             raise RecipeError(message)
-        rates = ("transforms", "weights", "activations", "zero_points", "correction")
+        rates = ("transforms", "matrices", "weights", "activations", "zero_points", "correction")
         for name in (*(f"{rate}_rate" for rate in rates), "clip"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 message = f"training.{name} is {getattr(self, name)!r}, expected 0 or more"

@@ -18,11 +18,12 @@ QUICKER = 4  # times fewer local steps in a trial
 
 
 def trial(recipe: Recipe) -> Recipe:
-    """A recipe for comparisons: nothing is proved or trained, and the maps are optimised less."""
+    """A recipe for comparisons: no proofs, training or GPTQ, and the maps are optimised less."""
     return replace(
         recipe,
         verify="off",
         local=replace(recipe.local, steps=-(-recipe.local.steps // QUICKER)),
+        weights=replace(recipe.weights, rounding="nearest"),
         blockwise=replace(recipe.blockwise, steps=0),
         training=replace(recipe.training, steps=0),
     )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.graph.edges import CorrectionEdge, insert_edge, weight_end
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
@@ -45,15 +44,8 @@ class CorrectBias(Pass):
 
 
 def _correct(program: Program, node: Node, parameter: str, shift: Tensor) -> None:
-    """Where a map that is still trained stands on the bias, the shift follows on its own edge."""
     if len(node.args) > 2 and isinstance(node.args[2], Node):
-        old = input_node(node, 2)
-        trained = weight_end(program, old)
-        if trained is not None and trained is not old:
-            path = f"edges.correction.{node.name}"
-            insert_edge(program, path, str(trained.target), CorrectionEdge(shift))
-            return
-        shift = shift + program.parameter(str(old.target)).double()
+        shift = shift + program.parameter(str(input_node(node, 2).target)).double()
     name = f"{parameter}_bias"
     bias = shift.to(program.held(parameter).dtype)
     set_parameter(program.module, name, bias)

@@ -24,8 +24,8 @@ from tests.toys import ToyConfig, export_module, make_tokens, make_toy
 OUTLIERS = 1.5
 """Standard deviation of the logarithms of the channels' sizes."""
 RATES = {
-    "transforms_rate": 3e-2, "weights_rate": 3e-2, "activations_rate": 3e-2,
-    "zero_points_rate": 0.1, "correction_rate": 3e-2,
+    "transforms_rate": 3e-2, "matrices_rate": 3e-2, "weights_rate": 3e-2,
+    "activations_rate": 3e-2, "zero_points_rate": 0.1, "correction_rate": 3e-2,
 }
 
 

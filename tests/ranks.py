@@ -50,7 +50,8 @@ class Gradients:
     gathered: int = 0
 
     def run(self, program: Program, *rest: object) -> None:
-        rates = {f"{x}_rate": 1.0 for x in ("transforms", "weights", "activations", "zero_points")}
+        trained = ("transforms", "matrices", "weights", "activations", "zero_points")
+        rates = {f"{x}_rate": 1.0 for x in trained}
         with trainable(program, self.stage.maps, **rates) as groups:
             named = {f"{g.name}: {k}": p for g in groups for k, p in g.parameters.items()}
             teacher = Student(self.stage.original, sharded=self.sharded)

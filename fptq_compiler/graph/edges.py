@@ -56,6 +56,18 @@ class WeightEdge(Edge):
         """The transformed weight."""
         return ports_module.apply(self.transform, self.port, weight)
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the weight reads of an input (..., in), for an edge on the side IN."""
+        assert self.side is Side.IN
+        assert not self.port.inverse_transpose
+        return self.transform.right(x, self.port.repeat)
+
+    def inputs_before(self, x: Tensor) -> Tensor:
+        """The input (..., in) of which the weight reads x."""
+        assert self.side is Side.IN
+        assert not self.port.inverse_transpose
+        return self.transform.right_inverse(x, self.port.repeat)
+
 
 class GainEdge(Edge):
     """Takes in a norm's gain: W' = W diag(gain), for W (out, in) and gain (in,)."""
@@ -87,10 +99,6 @@ class ShiftEdge(Edge):
         return bias + self.get_buffer("shift").to(bias.dtype)
 
 
-class CorrectionEdge(ShiftEdge):
-    """Corrects the mean output of a quantised linear, on a bias whose maps are still trained."""
-
-
 class CenterEdge(Edge):
     """Takes out the mean over the channels, for a parameter that writes the residual stream."""
 
@@ -114,6 +122,14 @@ class ReorderEdge(Edge):
         """Take by new place the old channel, (in,) int64."""
         super().__init__()
         self.register_buffer("order", order)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the weight reads of an input (..., in), in that order."""
+        return x.index_select(-1, self.get_buffer("order").to(x.device))
+
+    def inputs_before(self, x: Tensor) -> Tensor:
+        """The input (..., in) of which the weight reads x."""
+        return x.index_select(-1, self.get_buffer("order").to(x.device).argsort())
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that reads its input in that order."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fptq_compiler.graph.edges import CorrectionEdge, transformed, weight_end
+from fptq_compiler.graph.edges import transformed, weight_end
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.inputs import input_node
+from fptq_compiler.graph.mean_shift import MeanShift
 from fptq_compiler.graph.program import Program
 
 LINEAR = torch.ops.aten.linear.default
@@ -38,14 +39,24 @@ class Bypass:
                 return self._exact.parameter(str(source.target))
             return environment[source]
         if node.op == "call_module" and isinstance(
-            self._program.module.get_submodule(str(node.target)), CorrectionEdge
+            self._program.module.get_submodule(str(node.target)), MeanShift
         ):
-            return environment[input_node(node)]
+            return self._unshifted(node, environment)
         instead = {
             x: self._biases[str(x.target)] for x in node.all_input_nodes
             if node.op == "call_function" and x.op == "get_attr" and x.target in self._biases
         }
         return run_node(self._program.module, node, environment | instead, None)
+
+    def _unshifted(self, node: Node, environment: Environment) -> object:
+        """The bias (N,) behind a shift of the mean, zero where there is none."""
+        _, rounded, *bias = node.args
+        assert isinstance(rounded, Node)
+        if not bias or not isinstance(bias[0], Node):
+            weight = environment[rounded]
+            return weight.new_zeros(weight.shape[0])
+        known = environment.get(bias[0])
+        return self._exact.parameter(str(bias[0].target)) if known is None else known
 
 
 def _biases(exact: Program) -> dict[str, Tensor]:

@@ -1,8 +1,4 @@
-"""What quantisation does to the mean of a linear's output: s = E[x] W - E[x̂] Ŵ.
-
-Rounding errors of weights do not average out where the inputs have a mean: they shift every
-token's output by the same vector (arXiv 1906.04721, section 4.2).
-"""
+"""What quantisation does to the mean of every linear's output: s = E[x] W - E[x̂] Ŵ."""
 
 from __future__ import annotations
 
@@ -13,18 +9,11 @@ from torch import Tensor
 
 from fptq_compiler.graph.edges import transformed
 from fptq_compiler.graph.inputs import input_node
+from fptq_compiler.graph.mean_shift import Means, mean_shift
 from fptq_compiler.graph.program import Program
 from fptq_compiler.quant.modules import WeightFakeQuantizer
 
 LINEAR = torch.ops.aten.linear.default
-Means = tuple[Tensor, Tensor]
-"""Of a linear's input, (K,) each: exact and as quantised."""
-
-
-def mean_shift(weight: Tensor, rounded: Tensor, means: Means) -> Tensor:
-    """The shift (N,) in float64 of a linear of weight (N, K)."""
-    exact, quantized = (mean.double() for mean in means)
-    return weight.double() @ exact - rounded.double() @ quantized
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ from fptq_compiler.errors import OptimizationError
 from fptq_compiler.graph.blocks import Block, BlockRunner
 from fptq_compiler.graph.evaluate import Environment, arguments, run_node
 from fptq_compiler.graph.inputs import input_node
+from fptq_compiler.graph.mean_shift import mean_shift
 from fptq_compiler.graph.program import Program, WeightQuantizer
 from fptq_compiler.graph.surgery import set_parameter
 from fptq_compiler.memory import return_freed_memory
 from fptq_compiler.optimize.calibrate import Calibration, token_mean
-from fptq_compiler.optimize.mean_shift import LINEAR, mean_shift
+from fptq_compiler.optimize.mean_shift import LINEAR
 from fptq_compiler.progress import Progress
 from fptq_compiler.quant.gptq import factor, round_columns
 from fptq_compiler.quant.modules import WeightFakeQuantizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from fptq_compiler.graph.edges import DeltaEdge, LowRankEdge, chains
 from fptq_compiler.graph.program import Program
 from fptq_compiler.quant.modules import ActivationFakeQuantizer
 from fptq_compiler.transforms import Map
+from fptq_compiler.transforms.dense import DenseBlocks
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def trainable(
     maps: Sequence[Map],
     *,
     transforms_rate: float,
+    matrices_rate: float,
     weights_rate: float,
     activations_rate: float,
     zero_points_rate: float,
@@ -54,7 +56,8 @@ def trainable(
     Args:
         program: its other parameters are frozen.
         maps: the transforms that still stand on their edges.
-        transforms_rate: learning rate of the maps.
+        transforms_rate: learning rate of the maps that act on channels or pairs of them.
+        matrices_rate: of those that are matrices, all of whose entries turn a value together.
         weights_rate: of the logarithms of weight scales.
         activations_rate: of the logarithms of activation scales.
         zero_points_rate: of zero-points, in codes.
@@ -65,12 +68,12 @@ def trainable(
     names = {id(transform): name for name, transform in program.maps.items()}
     weights = [q.module for q in program.weight_quantizers if q.role == "linear"]
     activations = [q.module for q in program.activation_quantizers]
+    dense = [transform for transform in maps if isinstance(transform, DenseBlocks)]
+    narrow = [transform for transform in maps if transform not in dense]
     with _logarithmic([module.get_submodule(path) for path in (*weights, *activations)]):
         groups = [
-            Group("transforms", transforms_rate, {
-                f"{names[id(transform)]}/{key}": parameter
-                for transform in maps for key, parameter in transform.named_parameters()
-            }),
+            Group("transforms", transforms_rate, _numbers(names, narrow)),
+            Group("matrices", matrices_rate, _numbers(names, dense)),
             Group("weight scales", weights_rate, _scales(module, weights)),
             Group("activation scales", activations_rate, _scales(module, activations)),
             Group("zero-points", zero_points_rate, _zero_points(module, activations)),
@@ -95,6 +98,13 @@ def _logarithmic(quantizers: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             parametrize.remove_parametrizations(quantizer, "scale", leave_parametrized=True)
+
+
+def _numbers(names: Mapping[int, str], maps: Sequence[Map]) -> dict[str, nn.Parameter]:
+    return {
+        f"{names[id(transform)]}/{key}": parameter
+        for transform in maps for key, parameter in transform.named_parameters()
+    }
 
 
 def _scales(module: nn.Module, paths: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -19,6 +19,8 @@ from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.place_quantizers import FLOAT_BITS, PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
 from fptq_compiler.passes.round_scales import RoundScales
+from fptq_compiler.passes.settle_bias import SettleBias
+from fptq_compiler.passes.track_bias import TrackBias
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
@@ -65,14 +67,14 @@ def quantize(
     with report.stage("quantise"):
         find_ranges(
             program, recipe, ids, report, progress,
-            rounded=training is None, dump_dir=dump_dir,
+            trained=training is not None, dump_dir=dump_dir,
         )
     if measurements is not None:
         measurements.plain(quantizer_placement(recipe))
         measurements.signal(program, TRANSFORMED)
     if training is not None:
         training.run(program, recipe, report, progress)
-        run_proved(program, (FoldTransforms(),), None, dump_dir)
+        run_proved(program, (FoldTransforms(), SettleBias()), None, dump_dir)
         if _rounds(recipe, ids):
             _round(program, recipe, ids, Calibration(), report, progress)
         if measurements is not None:
@@ -109,7 +111,7 @@ def find_ranges(
     report: Report,
     progress: Progress,
     *,
-    rounded: bool = False,
+    trained: bool = False,
     dump_dir: Path | None = None,
 ) -> None:
     """Place the quantisers and find their ranges; sinks and biases are corrected.
@@ -120,7 +122,7 @@ def find_ranges(
         ids: calibration tokens (samples, length); None where no activation is quantised.
         report: gets signal-to-noise ratios and decisions.
         progress: listens.
-        rounded: GPTQ, where the recipe has it, rounds the weights now.
+        trained: the stages that train follow: biases move with the weights, and GPTQ waits.
         dump_dir: an existing folder for the graph after each pass.
     """
     run_proved(program, (quantizer_placement(recipe),), None, dump_dir)
@@ -136,7 +138,9 @@ def find_ranges(
         )
         report.sqnr.update(found.sqnr)
         shifts: dict[str, Tensor] = {}
-        if rounded and _rounds(recipe, ids):
+        if trained and recipe.weights.bias_correction:
+            steps.append(TrackBias(found.means))
+        elif not trained and _rounds(recipe, ids):
             shifts = _round(program, recipe, ids, found, report, progress)
         elif recipe.weights.bias_correction:
             shifts = mean_shifts(program, found.means)

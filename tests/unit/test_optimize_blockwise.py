@@ -96,8 +96,8 @@ def test_the_first_error_is_that_of_the_rounded_block_alone(toy: Quantized) -> N
     assert isinstance(y, Tensor)
     assert isinstance(found, Tensor)
     expected = ((found - y).square().mean(-1) / y.square().mean(-1)).mean()
-    with groups_of(toy, transforms_rate=1e-12, weights_rate=0.0, activations_rate=0.0,
-                   zero_points_rate=0.0) as groups:
+    with groups_of(toy, transforms_rate=1e-12, matrices_rate=0.0, weights_rate=0.0,
+                   activations_rate=0.0, zero_points_rate=0.0) as groups:
         states = train_blocks(
             toy.program, toy.transformed, groups,
             Batches(toy.rows[:4], held_out, 2, 0), Plan(1, 0.0, 1.0, 4, 0),

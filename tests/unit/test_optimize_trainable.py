@@ -20,6 +20,15 @@ def state(program: Program) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in program.module.state_dict().items()}
 
 
+def _parameters(program: Program, *kinds: str) -> set[str]:
+    found = {
+        f"{name}/{key}" for name, transform in program.maps.items()
+        for key, _ in transform.named_parameters() if name.partition(".")[0] in kinds
+    }
+    assert found
+    return found
+
+
 def test_groups_hold_maps_scales_and_zero_points(toy: Quantized) -> None:
     program = toy.program
     linears = [q.module for q in program.weight_quantizers if q.role == "linear"]
@@ -27,21 +36,16 @@ def test_groups_hold_maps_scales_and_zero_points(toy: Quantized) -> None:
     with groups_of(toy) as groups:
         found = {group.name: set(group.parameters) for group in groups}
     assert found == {
-        "transforms": {
-            f"{name}/{key}" for name, transform in program.maps.items()
-            for key, _ in transform.named_parameters() if name != "residual"
-        },
+        "transforms": _parameters(program, "prerope", "updown"),
+        "matrices": _parameters(program, "value"),
         "weight scales": {f"{path}/scale" for path in linears},
         "activation scales": {f"{path}/scale" for path in activations},
         "zero-points": {f"{path}/zero_point" for path in activations},
     }
-    assert {name.partition(".")[0] for name in found["transforms"]} == {
-        "prerope", "value", "updown",
-    }
 
 
 def test_a_rate_of_zero_leaves_its_group_out(toy: Quantized) -> None:
-    with groups_of(toy, transforms_rate=0.0, zero_points_rate=0.0) as groups:
+    with groups_of(toy, transforms_rate=0.0, matrices_rate=0.0, zero_points_rate=0.0) as groups:
         assert [group.name for group in groups] == ["weight scales", "activation scales"]
         moving = {id(p) for p in toy.program.module.parameters() if p.requires_grad}
         assert moving == {id(p) for p in parameters_of(groups)}
@@ -64,7 +68,7 @@ def test_only_the_groups_move_and_all_of_them(toy: Quantized) -> None:
     assert not any(name.startswith(("model.", "lm_head.")) for name in moved)
     scales = {name for name in changed if name.endswith((".scale", ".zero_point"))}
     assert scales <= moved
-    assert all(name.startswith("edges.") for name in moved - scales)
+    assert all(name.startswith(("edges.", "mean_shifts.")) for name in moved - scales)
 
 
 def test_scales_stay_positive_under_the_largest_steps(toy: Quantized) -> None:

@@ -124,6 +124,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "top_k = 256\n"
         "remember_teacher = false\n"
         "transforms_rate = 0.0015\n"
+        "matrices_rate = 0.0003\n"
         "weights_rate = 0.0015\n"
         "activations_rate = 0.0015\n"
         "zero_points_rate = 0.01\n"

@@ -1,6 +1,6 @@
-"""UINT8 activations times INT8 weights, summed exactly also where pairs of products exceed 16 bits.
+"""UINT8 activations times INT8 weights: exact also where pairs of products exceed 16 bits.
 
-On x64 without VNNI ONNX Runtime's kernel saturates them at 32,767 unless the session says not to.
+On x64 without VNNI ONNX Runtime's kernel saturates them unless the session says not to.
 """
 
 from __future__ import annotations

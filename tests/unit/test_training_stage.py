@@ -27,7 +27,7 @@ from tests.toys import make_tokens
 ROWS = 16
 FEW = TrainingRecipe(
     steps=10, batch=2, length=24, held_out=2, evaluate_every=5, compute="float32",
-    transforms_rate=3e-2, weights_rate=3e-2, activations_rate=3e-2,
+    transforms_rate=3e-2, matrices_rate=3e-2, weights_rate=3e-2, activations_rate=3e-2,
 )
 
 
@@ -102,8 +102,8 @@ def trained_program(chosen: Recipe) -> tuple[Program, Report]:
 
 @pytest.mark.parametrize(("kind", "rank"), [("lora", 4), ("full", 1)])
 def test_corrections_are_trained_and_merged(kind: str, rank: int) -> None:
-    rates = {"transforms_rate": 0.0, "activations_rate": 0.0, "weights_rate": 0.0,
-             "zero_points_rate": 0.0, "correction_rate": 3e-3}
+    rates = {"transforms_rate": 0.0, "matrices_rate": 0.0, "activations_rate": 0.0,
+             "weights_rate": 0.0, "zero_points_rate": 0.0, "correction_rate": 3e-3}
     program, report = trained_program(recipe(weights=kind, rank=rank, **rates))
     plain, _ = trained_program(recipe(weights="none", **{**rates, "weights_rate": 1e-9}))
     curve = report.curves["end to end, held out"]
