@@ -44,17 +44,17 @@ class TrainingRecipe:
         sharded: of several processes each holds a part of the frozen weights.
     """
 
-    steps: int = 200
+    steps: int = 150
     batch: int = 2
     length: int = 256
     objective: str = "jensen-shannon"
     top_k: int = 256
     remember_teacher: bool = False
-    transforms_rate: float = 1.5e-3
-    matrices_rate: float = 3e-4
-    weights_rate: float = 1.5e-3
-    activations_rate: float = 1.5e-3
-    zero_points_rate: float = 1e-2
+    transforms_rate: float = 3e-3
+    matrices_rate: float = 5e-4
+    weights_rate: float = 3e-3
+    activations_rate: float = 3e-3
+    zero_points_rate: float = 2e-2
     warmup: float = 0.1
     clip: float = 1.0
     weights: str = "none"

@@ -232,7 +232,7 @@ def _entering(plan: Mapping[str, list[Edge]], transform: Map) -> Callable[[Tenso
 def _through(edges: Sequence[WeightEdge], x: Tensor) -> Tensor:
     """The activation that a weight reads behind these maps."""
     for edge in edges:
-        x = edge.transform.right(x, edge.port.repeat)
+        x = edge.inputs(x)
     return x
 
 

@@ -40,4 +40,4 @@ def test_training_at_4_4_4_beats_what_rounding_cannot(
     curves = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["curves"]
     held_out = curves["end to end, held out"]
     assert min(held_out) < 0.95 * held_out[0]
-    assert len(curves["end to end"]) == 200
+    assert len(curves["end to end"]) == 150

@@ -117,17 +117,17 @@ def test_the_default_recipe_reads_as_written() -> None:
         "rate = 1.0\n"
         'inputs = "quantised"\n'
         "\n[training]\n"
-        "steps = 200\n"
+        "steps = 150\n"
         "batch = 2\n"
         "length = 256\n"
         'objective = "jensen-shannon"\n'
         "top_k = 256\n"
         "remember_teacher = false\n"
-        "transforms_rate = 0.0015\n"
-        "matrices_rate = 0.0003\n"
-        "weights_rate = 0.0015\n"
-        "activations_rate = 0.0015\n"
-        "zero_points_rate = 0.01\n"
+        "transforms_rate = 0.003\n"
+        "matrices_rate = 0.0005\n"
+        "weights_rate = 0.003\n"
+        "activations_rate = 0.003\n"
+        "zero_points_rate = 0.02\n"
         "warmup = 0.1\n"
         "clip = 1.0\n"
         'weights = "none"\n'
