@@ -17,16 +17,8 @@ from fptq_compiler.errors import LoweringError, RuntimeLoadError
 FORMAT: Final = 1
 """Raised when a reader of the old format would misread a file of the new one."""
 
-FULL_PRECISION: Final = {
-    "session.qdq_matmulnbits_accuracy_level": "1",
-    "session.x64quantprecision": "1",
-}
-"""What the CPU provider computes exactly only when told to.
-
-Weight-only matmuls in float; its own default quantises activations to INT8. And on x64 without
-VNNI its kernel for UINT8 activations and INT8 weights sums pairs of products in 16 bits, which
-saturate at 32,767 (255 x 127 x 2 is 64,770); told so, it makes UINT8 of weights beyond 7 bits.
-"""
+FULL_PRECISION: Final = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Weight-only matmuls in float; ONNX Runtime's own default quantises activations to INT8."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from fptq_compiler.lower.targets.carried import Carried, carry_rms_norm, carry_u
 from fptq_compiler.lower.targets.causal import attention_in_pieces
 from fptq_compiler.lower.targets.forms import Forms, forms_of
 from fptq_compiler.lower.targets.schemas import INT, register
-from fptq_compiler.lower.targets.types import INT4, INT8, INT32
+from fptq_compiler.lower.targets.types import INT4, INT8, INT32, UINT8
 
 CONTRIB = "com.microsoft"
 ALIGNED = 16  # channels: the fused kernel refuses other head sizes
@@ -197,10 +197,14 @@ def _integer_linear(
     takes = forms.integer_linears or (bits == 8 and not block and forms.quantized_activations)
     if not takes or quantized is None or quantized.op_type != "DequantizeLinear":
         return qdq.linear(x, codes, scale, bias, bits, block, forms=forms)
-    wide = opset.Cast(opset.Cast(codes, to=INT4), to=INT8) if bits == 4 else codes
+    zero = None
+    if bits == 4:
+        weight = opset.Cast(opset.Cast(codes, to=INT4), to=INT8)
+    else:
+        weight, zero = qdq.unsigned(codes), qdq.offset(UINT8)
     activation, step, zero_point = quantized.inputs
     return contrib.MatMulIntegerToFloat(
-        activation, wide, step, scale, zero_point, None, bias
+        activation, weight, step, scale, zero_point, zero, bias
     )
 
 

@@ -7,7 +7,8 @@
     rms_norm       ReduceMean, Sqrt, Div
 
 The widening Cast is folded when a session is made, so that INT4 stands in the file and INT8 in
-memory, and the pair fuses to MatMulIntegerToFloat. Where the activation is float, or the weight
+memory, and the pair fuses to MatMulIntegerToFloat. 8-bit weights become UINT8 there, whose kernel
+is exact on every processor. Where the activation is float, or the weight
 has a scale a block (which no integer kernel takes), the weight is dequantised from INT4
 directly, which becomes MatMulNBits; the activation's codes are then turned back by Cast, Sub and
 Mul, because a DequantizeLinear in front of that matmul would stop the fusion.
@@ -31,8 +32,7 @@ from fptq_compiler.lower.targets import Target, cache
 from fptq_compiler.lower.targets.carried import Carried, carry_attention, carry_positions
 from fptq_compiler.lower.targets.forms import Forms, forms_of
 from fptq_compiler.lower.targets.pairs import unpack_pairs
-from fptq_compiler.lower.targets.types import FLOAT, INT4, INT8, UINT8
-from fptq_compiler.runtime.session_file import FULL_PRECISION
+from fptq_compiler.lower.targets.types import FLOAT, INT4, INT8, INT16, UINT8
 
 
 def rms_norm(x: Any, gain: Any, epsilon: float) -> Any:
@@ -161,9 +161,11 @@ def linear(
     narrow = op.Cast(codes, to=INT4) if bits == 4 else codes
     if block:
         weight = op.DequantizeLinear(narrow, scale, axis=0, block_size=block)
-    elif forms.integer_linears or (bits == 8 and forms.quantized_activations):
-        wide = op.Cast(narrow, to=INT8) if bits == 4 else codes
-        weight = op.DequantizeLinear(wide, scale, axis=1)
+    elif bits == 8 and forms.quantized_activations:
+        zeros = op.Expand(offset(UINT8), op.Shape(scale))
+        weight = op.DequantizeLinear(unsigned(codes), scale, zeros, axis=1)
+    elif forms.integer_linears:
+        weight = op.DequantizeLinear(op.Cast(narrow, to=INT8), scale, axis=1)
     elif bits == 4:
         weight = op.DequantizeLinear(narrow, scale, axis=1)
     else:
@@ -174,6 +176,24 @@ def linear(
         return product
     # MatMul and Add on two axes would become Gemm, which has no kernel for INT4 or INT8 weights.
     return op.Sum(product, bias) if len(x.shape) == 2 else op.Add(product, bias)
+
+
+OFFSET = 128
+"""From INT8 to UINT8."""
+
+
+def unsigned(codes: Any) -> Any:
+    """INT8 codes in UINT8, OFFSET higher; folded when a session is made.
+
+    On x64 without VNNI ONNX Runtime's kernel for UINT8 activations and INT8 weights sums pairs of
+    products in 16 bits, which saturate for weights beyond 7 bits; that for UINT8 weights does not.
+    """
+    return op.Cast(op.Add(op.Cast(codes, to=INT16), offset(INT16)), to=UINT8)
+
+
+def offset(kind: int) -> Any:
+    """A constant scalar OFFSET of that type."""
+    return op.Cast(op.Constant(value_int=OFFSET), to=kind)
 
 
 def translations(program: Program) -> dict[Any, Callable[..., Any]]:
@@ -213,5 +233,6 @@ EXPANSIONS: dict[str, Expansion] = {
     "CachedAttention": _cached_attention, "Positions": _positions,
 }
 TARGET = Target(
-    "qdq", translations, EXPANSIONS, broken_promises, session_config=FULL_PRECISION
+    "qdq", translations, EXPANSIONS, broken_promises,
+    session_config={"session.qdq_matmulnbits_accuracy_level": "1"}
 )

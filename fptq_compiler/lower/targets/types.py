@@ -12,5 +12,6 @@ BFLOAT16: Final = ir.DataType.BFLOAT16.value
 INT4: Final = ir.DataType.INT4.value
 INT8: Final = ir.DataType.INT8.value
 UINT8: Final = ir.DataType.UINT8.value
+INT16: Final = ir.DataType.INT16.value
 INT32: Final = ir.DataType.INT32.value
 BOOL: Final = ir.DataType.BOOL.value
