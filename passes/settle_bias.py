@@ -20,7 +20,7 @@ class SettleBias(Pass):
     """Replace every shift of a mean by its value; all transforms are merged."""
 
     requires = ("folded",)
-    provides = ("bias_corrected",)
+    provides = ("bias_settled",)
     effect = Effect.APPROXIMATES
 
     @torch.no_grad()
