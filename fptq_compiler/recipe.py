@@ -145,6 +145,13 @@ class Recipe:
             return self.transforms.hadamard_block
         return 0 if self.bits.activations == 4 else 32
 
+    @property
+    def matrices_rate(self) -> float:
+        """Learning rate of T_v, and of T_r where it is trained end to end."""
+        if self.training.matrices_rate is not None:
+            return self.training.matrices_rate
+        return 1.5e-3 if self.bits.cache == 4 else 5e-4
+
     def override(
         self,
         *,

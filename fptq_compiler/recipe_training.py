@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from fptq_compiler.closed_config import check_at_least, check_one_of
+from fptq_compiler.closed_config import check_at_least, check_one_of, spelled
 from fptq_compiler.errors import RecipeError
 
 OBJECTIVES: Final = ("jensen-shannon", "forward-kl", "top-k-kl", "hidden-mse")
 COMPUTE_TYPES: Final = ("auto", "float32", "bfloat16")
 WEIGHT_CORRECTIONS: Final = ("none", "lora", "full")
 BLOCK_INPUTS: Final = ("quantised", "original")
+
+
+def read_rate(name: str, value: object) -> float | None:
+    """Reads the TOML form of a rate: "auto" or a number."""
+    if value == "auto":
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        message = f"{name} is {value!r}, expected 'auto' or a number"
+        raise RecipeError(message)
+    return float(value)
+
+
+def _write_rate(rate: float | None) -> object:
+    """Writes what `read_rate` reads."""
+    return "auto" if rate is None else rate
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,9 @@ class TrainingRecipe:
             bytes a token: for a text that is read more than once.
         transforms_rate, matrices_rate, weights_rate, activations_rate, zero_points_rate: learning
             rates of the maps of channels and pairs, of those that are matrices (T_v, T_r), of the
-            logarithms of weight and activation scales, and of zero-points in codes.
+            logarithms of weight and activation scales, and of zero-points in codes. None is
+            "auto": matrices turn values for the cache's codes, and learn faster where it has 4
+            bits.
         warmup: share of the steps in which the rates rise; then they fall as a cosine.
         clip: the largest norm of all gradients together.
         weights: "lora" or "full" also trains a correction of every linear's weight, merged into
@@ -51,7 +68,9 @@ class TrainingRecipe:
     top_k: int = 256
     remember_teacher: bool = False
     transforms_rate: float = 3e-3
-    matrices_rate: float = 5e-4
+    matrices_rate: float | None = field(
+        default=None, metadata=spelled(read_rate, _write_rate)
+    )
     weights_rate: float = 3e-3
     activations_rate: float = 3e-3
     zero_points_rate: float = 2e-2
@@ -86,8 +105,9 @@ class TrainingRecipe:
             raise RecipeError(message)
         rates = ("transforms", "matrices", "weights", "activations", "zero_points", "correction")
         for name in (*(f"{rate}_rate" for rate in rates), "clip"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                message = f"training.{name} is {getattr(self, name)!r}, expected 0 or more"
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
+                message = f"training.{name} is {value!r}, expected 0 or more"
                 raise RecipeError(message)
         if not 0.0 <= self.warmup < 1.0:
             message = f"training.warmup is {self.warmup!r}, expected a share from 0 to below 1"

@@ -73,7 +73,7 @@ class TrainingStage:
         insert_corrections(program, chosen.weights, rank=chosen.rank, seed=recipe.seed)
         with trainable(
             program, self.maps,
-            transforms_rate=chosen.transforms_rate, matrices_rate=chosen.matrices_rate,
+            transforms_rate=chosen.transforms_rate, matrices_rate=recipe.matrices_rate,
             weights_rate=chosen.weights_rate, activations_rate=chosen.activations_rate,
             zero_points_rate=chosen.zero_points_rate,
             correction_rate=chosen.correction_rate,

@@ -19,6 +19,7 @@ from fptq_compiler.recipe import (
     CalibrationRecipe,
     LocalRecipe,
     Recipe,
+    TrainingRecipe,
     TransformsRecipe,
     WeightsRecipe,
     load_recipe,
@@ -124,7 +125,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "top_k = 256\n"
         "remember_teacher = false\n"
         "transforms_rate = 0.003\n"
-        "matrices_rate = 0.0005\n"
+        'matrices_rate = "auto"\n'
         "weights_rate = 0.003\n"
         "activations_rate = 0.003\n"
         "zero_points_rate = 0.02\n"
@@ -197,6 +198,8 @@ def test_names_in_a_file_are_demanded_unless_it_says_where_possible() -> None:
         ("[transforms]\nhadamard_block = 'all'", "expected 'auto' or a whole number"),
         ("[transforms]\nresidual_learned = 1", "expected true or false"),
         ("[training]\nremember_teacher = true", r'"jensen-shannon" .* it needs "top-k-kl"'),
+        ("[training]\nmatrices_rate = 'fast'", "expected 'auto' or a number"),
+        ("[training]\nmatrices_rate = -1.0", r"matrices_rate is -1\.0, expected 0 or more"),
         ("[calibration]\nsamples = 0", r"calibration\.samples is 0"),
         ("[cache]\nmax_length = 64", r"no cache to hold so many tokens; ask for one with --kv"),
         ("[cache]\nscales = 'per-channel'", r"no cache to have them; ask for one with --kv-cache"),
@@ -301,6 +304,14 @@ def test_the_hadamard_is_whole_where_activations_have_four_bits() -> None:
     assert blocks == [32, 0]
     fixed = Recipe(bits=Bits(4, 4, 4), transforms=TransformsRecipe(hadamard_block=64))
     assert fixed.hadamard_block == 64
+
+
+def test_matrices_learn_faster_where_the_cache_has_four_bits() -> None:
+    rates = [Recipe().override(bits=b).matrices_rate for b in ("4-8-8", "4-16-16", "4-4-4")]
+    assert rates == [5e-4, 5e-4, 1.5e-3]
+    fixed = Recipe(training=TrainingRecipe(matrices_rate=0.0))
+    assert fixed.matrices_rate == 0.0
+    assert Recipe.from_toml(fixed.to_toml(), "fixed") == fixed
 
 
 def test_tables_have_bits_of_their_own() -> None:
