@@ -27,7 +27,7 @@ from tests.toys import make_tokens
 ROWS = 16
 FEW = TrainingRecipe(
     steps=10, batch=2, length=24, held_out=2, evaluate_every=5, compute="float32",
-    transforms_rate=3e-2, matrices_rate=3e-2, weights_rate=3e-2, activations_rate=3e-2,
+    transforms_rate=3e-2, matrices_rate=3e-3, weights_rate=3e-2, activations_rate=3e-2,
 )
 
 
