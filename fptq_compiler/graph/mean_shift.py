@@ -36,10 +36,11 @@ class MeanShift(nn.Module):
     def __init__(self, means: Means, edges: Sequence[Edge]) -> None:
         """Take the means as they are now, and the edges that stand on the weight."""
         super().__init__()
-        self._edges = [
-            edge for edge in edges
-            if edge.side is Side.IN and isinstance(edge, (WeightEdge, ReorderEdge))
-        ]
+        self._edges: list[WeightEdge | ReorderEdge] = []
+        for edge in edges:
+            if edge.side is Side.IN:
+                assert isinstance(edge, (WeightEdge, ReorderEdge)), f"a {type(edge).__name__} left"
+                self._edges.append(edge)
         self.edges = nn.ModuleList(self._edges)
         exact, quantized = (mean.detach().double() for mean in means)
         mean = exact
