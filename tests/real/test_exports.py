@@ -131,7 +131,6 @@ def test_every_transform_holds_in_an_archive_of_a_plain_export(
     torch.export.save(export_plainly(model), path)
     captured = capture(path)
     assert captured.kind == "archive"
-    assert "wrap_with_set_grad_enabled" in str(captured.program.graph)
     program = unlift(captured.program)
     assert all(isinstance(size, str) for size in program.inputs[0].dims)
     expected = model.float()(ids).logits

@@ -89,7 +89,8 @@ def test_a_teacher_of_hidden_states_turns_with_the_residual_map() -> None:
     """Both have the map on their edges, so the distance is that of the quantisers alone."""
     with quantized(residual=True) as toy, groups_of(toy) as groups:
         parameters = parameters_of(groups)
-        (turn,) = [p for n, p in groups[0].parameters.items() if n.startswith("residual/")]
+        named = [pair for group in groups for pair in group.parameters.items()]
+        (turn,) = [p for n, p in named if n.startswith("residual/")]
         teacher, ids = Student(toy.transformed, parameters), toy.rows[:2]
         before = teacher.hidden(ids).detach()
         with torch.no_grad():
