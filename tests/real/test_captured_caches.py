@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,6 @@ from tests.compiling import quick, run_onnx
 from tests.real.families import VOCABULARY, Family, make_model
 from tests.real.test_kv_cache import CLOSE, WIDE, check_decoding, compile_cached
 
-# transformers 5.24 renames the argument, which 5.20 to 5.23 know by this name alone.
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
-
 POSITIONS = 40
 """Of the static caches."""
 ANGLES = 1e-6
@@ -47,7 +45,10 @@ def growing(model: Any) -> ExportedProgram:
     """DynamicCache, as the documentation of transformers captures it: mask, cache, logits."""
     executorch.register_dynamic_cache_export_support()
     cache = transformers.DynamicCache(config=model.config)
-    model(torch.arange(10).reshape(2, 5), past_key_values=cache, use_cache=True)
+    # transformers calls it so from 5.24 on
+    known = "cache" in inspect.signature(model.forward).parameters
+    name = "cache" if known else "past_key_values"
+    model(torch.arange(10).reshape(2, 5), **{name: cache}, use_cache=True)
     layers = model.config.num_hidden_layers
     past = {0: FREE, 2: FREE}
     return torch.export.export(
@@ -56,13 +57,13 @@ def growing(model: Any) -> ExportedProgram:
         {
             "input_ids": torch.arange(6).reshape(2, 3),
             "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-            "past_key_values": cache,
+            name: cache,
             "use_cache": True,
         },
         dynamic_shapes={
             "input_ids": {0: FREE, 1: FREE},
             "attention_mask": {0: FREE, 1: FREE},
-            "past_key_values": [[past] * layers, [past] * layers],
+            name: [[past] * layers, [past] * layers],
             "use_cache": None,
         },
         strict=False,
