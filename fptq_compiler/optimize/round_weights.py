@@ -62,8 +62,7 @@ def round_weights(
     Args:
         program: with quantisers placed and all their ranges found, which stay as they are.
         batches: token ids (B, S) each.
-        found: the float model's means, and the factors of position 0; without means the biases
-            are taken to fit the nearest codes, as they do after training.
+        found: the float model's means, and the factors of position 0.
         correct_bias: correct the mean of every output that later weights see.
         progress: one step a block.
 
@@ -199,9 +198,8 @@ class _Rounder:
         set_parameter(self._program.module, quantizer.parameter, rounded)
         self.rounding.sqnr[quantizer.parameter] = sqnr(weight, rounded)
         if self._correct_bias and quantizer.role == "linear":
-            known = self._found.means.get(node.name)
-            wanted, exact = (module(weight), mean) if known is None else (weight, known[0])
-            self.rounding.shifts[node.name] = mean_shift(wanted, rounded, (exact, mean))
+            means = self._found.means[node.name][0], mean
+            self.rounding.shifts[node.name] = mean_shift(weight, rounded, means)
 
 
 def times_at_first(values: Tensor, first: float) -> Tensor:

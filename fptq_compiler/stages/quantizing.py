@@ -76,8 +76,7 @@ def quantize(
         training.run(program, recipe, report, progress)
         run_proved(program, (FoldTransforms(), SettleBias()), None, dump_dir)
         if _rounds(recipe, ids):
-            shifts = _round(program, recipe, ids, Calibration(), report, progress)
-            run_proved(program, (CorrectBias(shifts),), None, dump_dir)
+            _round(program, recipe, ids, Calibration(), report, progress)
         if measurements is not None:
             measurements.signal(program, TRAINED)
     if measurements is not None:
@@ -172,11 +171,11 @@ def _round(
     report: Report,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """Round the weights by GPTQ; gives the shifts that biases correct."""
+    """Round the weights by GPTQ; gives the shifts that biases correct, where means are found."""
     with report.stage("round weights"):
         rounding = round_weights(
             program, _sequences(ids), found,
-            correct_bias=recipe.weights.bias_correction, progress=progress,
+            correct_bias=recipe.weights.bias_correction and bool(found.means), progress=progress,
         )
     report.sqnr.update(rounding.sqnr)
     report.decisions.append(f"GPTQ rounded {len(rounding.sqnr)} weights")

@@ -45,8 +45,7 @@ class Rounded:
     """A toy whose ranges are found and whose weights are rounded, the float weights beside it."""
 
     def __init__(
-        self, *, head: int = 8, block: int = 0, sinks: str = "none", correct_bias: bool = False,
-        means: bool = True,
+        self, *, head: int = 8, block: int = 0, sinks: str = "none", correct_bias: bool = False
     ) -> None:
         place = PlaceQuantizers(
             weights=4, activations=8, cache=8, block=block, embedding_bits=8, head_bits=head
@@ -60,8 +59,7 @@ class Rounded:
         self.found = calibrate_activations(
             self.program, [IDS], p=2.0, sinks=sinks, progress=SilentProgress()
         )
-        known = self.found if means else Calibration()
-        self.rounding = rounded(self.program, known, correct_bias=correct_bias)
+        self.rounding = rounded(self.program, self.found, correct_bias=correct_bias)
 
     def quantizer(self, parameter: str) -> WeightFakeQuantizer:
         record = next(q for q in self.program.weight_quantizers if q.parameter == parameter)
@@ -145,26 +143,6 @@ def test_every_mean_output_is_that_of_the_float_model() -> None:
         # biases are stored in float32, and a near tie at a quantiser may fall to the other side
         assert (token_mean(found[node]) - mean).abs().max() < 1e-3 * mean.abs().max()
         assert (token_mean(plain[node]) - mean).abs().max() > 1e-2 * mean.abs().max()
-
-
-def test_without_means_outputs_keep_the_mean_that_nearest_codes_give() -> None:
-    """As after training, whose biases fit the nearest codes: E[x̂] Ŵ_gptq + b' = E[x̂] Ŵ + b."""
-    toy = Rounded(correct_bias=True, means=False)
-    linears = toy.program.call_nodes(LINEAR)[:-1]  # without the head
-    inputs = values(toy.program, [input_node(node) for node in linears])
-    plain = values(toy.program, linears)
-    biases = {n: toy.program.parameter(str(input_node(n, 2).target)).double()
-              for n in linears if len(n.args) > 2}
-    toy.apply(CorrectBias(toy.rounding.shifts))
-    found = values(toy.program, linears)
-    for index, node in enumerate(linears):
-        parameter = str(input_node(input_node(node, 1)).target)
-        nearest = toy.quantizer(parameter)(toy.exact[parameter]).detach().double()
-        mean = token_mean(inputs[input_node(node)])
-        wanted = nearest @ mean + biases.get(node, torch.zeros(()))
-        assert (token_mean(plain[node]) - wanted).abs().max() > 1e-3 * wanted.abs().max()
-        if index < 3:  # what later linears read has changed with the biases in front of them
-            assert (token_mean(found[node]) - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
 def test_tables_of_eight_bits_are_left_alone() -> None:
