@@ -17,6 +17,7 @@ import contextlib
 import gc
 import io
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -73,6 +74,9 @@ LONGEST = 32
 """Tokens of the cache."""
 
 LONGEST_REASON = 200
+LINE_NUMBER = re.compile(r"(?<=\.py):\d+(?= in )")
+"""It moves with every release of the library whose code it is; the function stays."""
+
 QUICK = Recipe(
     target="ort-cpu",
     local=LocalRecipe(steps=2),
@@ -271,8 +275,9 @@ def reason_of(program: Program, what: str) -> str:
 
 
 def short(reason: str) -> str:
-    """One line without numbers of nodes and folders, for a footnote."""
+    """One line without numbers of nodes, folders, and lines of a library, for a footnote."""
     lines = FRAME.sub(lambda found: str(SourceLine.read(found[0])), reason)
+    lines = LINE_NUMBER.sub("", lines)
     words = without_numbers(" ".join(lines.split())).replace("|", "/")
     return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]}…"
 

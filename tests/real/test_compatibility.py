@@ -60,7 +60,7 @@ def test_a_failure_is_the_cell_s_reason(tool: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(tool, "exported", refuse)
     cells = tool.row("Llama")
-    assert cells["captured"] == tool.Cell("no", "linear is odd. model.py:3 in forward Mend it.")
+    assert cells["captured"] == tool.Cell("no", "linear is odd. model.py in forward Mend it.")
     assert {cells[column].text for column in tool.COLUMNS[1:]} == {"–"}
 
 
