@@ -15,7 +15,7 @@ from torch.fx import Node
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.surgery import get_parameter, set_parameter
+from fptq_compiler.graph.surgery import free_name, get_parameter, set_parameter
 from fptq_compiler.passes.linears import LINEAR
 
 
@@ -46,7 +46,7 @@ class CorrectBias(Pass):
 def _correct(program: Program, node: Node, parameter: str, shift: Tensor) -> None:
     if len(node.args) > 2 and isinstance(node.args[2], Node):
         shift = shift + program.parameter(str(input_node(node, 2).target)).double()
-    name = f"{parameter}_bias"
+    name = free_name(program.module, f"{parameter}_bias")
     bias = shift.to(program.held(parameter).dtype)
     set_parameter(program.module, name, bias)
     node.args = (*node.args[:2], get_parameter(program.graph, node, name, bias))

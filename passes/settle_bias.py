@@ -13,7 +13,8 @@ from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.mean_shift import MeanShift
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
-from fptq_compiler.graph.surgery import get_parameter, replace, set_parameter
+from fptq_compiler.graph.surgery import free_name, get_parameter, replace, set_parameter
+from fptq_compiler.passes.track_bias import MEAN_SHIFTS
 
 
 class SettleBias(Pass):
@@ -35,9 +36,10 @@ class SettleBias(Pass):
                 values.append(program.parameter(str(input_node(node, 2).target)))
             shift = program.module.get_submodule(str(node.target))
             bias = shift(*(value.double() for value in values)).to(values[0].dtype)
-            name = f"{weight.target}_bias"
+            name = free_name(program.module, f"{weight.target}_bias")
             set_parameter(program.module, name, bias)
             replace(node, get_parameter(program.graph, node, name, bias))
+            program.settled_biases[str(node.target).removeprefix(f"{MEAN_SHIFTS}.")] = name
         return PassResult(len(tracked))
 
 

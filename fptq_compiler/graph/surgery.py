@@ -125,6 +125,14 @@ def has_attribute(module: nn.Module, name: str) -> bool:
     return True
 
 
+def free_name(module: nn.Module, wanted: str) -> str:
+    """The wanted dotted name, with a number behind it where it is taken."""
+    name, number = wanted, 1
+    while has_attribute(module, name):
+        name, number = f"{wanted}_{number}", number + 1
+    return name
+
+
 def get_parameter(graph: fx.Graph, before: Node, name: str, value: Tensor) -> Node:
     """A `get_attr` node for the parameter `name`, in front of `before`."""
     with graph.inserting_before(before):

@@ -3,8 +3,9 @@
 Calibration tokens go through the model with its activation quantisers at work and all earlier
 weights rounded. Where all batches have reached the first linear that reads an input, the Hessian
 of that input is whole: the weights of the linears that read it are rounded, and the run goes on
-with them and with their biases corrected. Memory holds the values of one block, and the Hessians
-of inputs that are not read yet.
+with them and with their biases corrected. An error that all tokens share is made up for by the
+bias and is none of the weight, whose Hessian is then that of x - E[x]. Memory holds the values of
+one block, and the Hessians of inputs that are not read yet.
 """
 
 from __future__ import annotations
@@ -56,14 +57,16 @@ def round_weights(
 ) -> Rounding:
     """Replace the weights of linears by values on their quantisers' grids.
 
-    The head is rounded where it has 4 bits. A weight that linears with other inputs read too is
-    rounded for the first of them.
+    Biases that training settled change with them, so that the mean of every output stays what it
+    is with weights rounded to the nearest code. The head is rounded where it has 4 bits. A weight
+    that linears with other inputs read too is rounded for the first of them.
 
     Args:
         program: with quantisers placed and all their ranges found, which stay as they are.
         batches: token ids (B, S) each.
-        found: the float model's means, and the factors of position 0.
-        correct_bias: correct the mean of every output that later weights see.
+        found: the float model's means, and the factors of position 0; nothing where biases are
+            settled.
+        correct_bias: correct the mean of every output whose float mean is known.
         progress: one step a block.
 
     Raises:
@@ -84,10 +87,11 @@ def round_weights(
 
 
 class _Hessian:
-    """2/n Σ x xᵀ over the n rows x (K,) of an input, and its mean."""
+    """Of the n rows x (K,) of an input, whose mean is m: 2/n Σ (x - m) (x - m)ᵀ, or 2/n Σ x xᵀ."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum = torch.zeros(width, width, device=device)
+        self._total = torch.zeros(width, dtype=torch.float64, device=device)
         self._count = 0
         self._means: list[Tensor] = []
 
@@ -96,11 +100,16 @@ class _Hessian:
         self._means.append(token_mean(values))
         rows = times_at_first(values, first).flatten(0, -2).float()
         self._sum.addmm_(rows.t(), rows)
+        self._total += rows.sum(0, dtype=torch.float64)
         self._count += len(rows)
 
-    def value(self) -> Tensor:
-        """The Hessian (K, K)."""
-        return self._sum * (2 / self._count)
+    def value(self, *, centred: bool) -> Tensor:
+        """The Hessian (K, K), around the mean or around 0."""
+        if not centred:
+            return self._sum * (2 / self._count)
+        mean = self.mean()
+        both = torch.outer(self._total / self._count, mean)
+        return 2 * (self._sum.double() / self._count - both - both.t() + torch.outer(mean, mean))
 
     def mean(self) -> Tensor:
         """The mean (K,) of all rows but those of position 0."""
@@ -139,16 +148,16 @@ class _Rounder:
         source = self._sources.get(first)
         if source is None:
             return
-        hessian = self._hessians.pop(source)
+        hessian, readers = self._hessians.pop(source), self._readers[source]
         try:
-            upper = factor(hessian.value())
+            upper = factor(hessian.value(centred=all(self._corrects(node) for node in readers)))
         except ValueError as error:
             message = (
                 f"GPTQ: the calibration inputs of {first.name} cannot be used: {error}; look for "
                 "values that are not finite in the model, or use --rounding nearest"
             )
             raise OptimizationError(message) from error
-        for node in self._readers[source]:
+        for node in readers:
             quantizer = self._edges[input_node(node, 1)]
             if quantizer.parameter not in self.rounding.sqnr:
                 self._round(node, quantizer, upper, hessian.mean())
@@ -195,11 +204,24 @@ class _Rounder:
         assert isinstance(module, WeightFakeQuantizer)
         weight, scale = self._program.parameter(quantizer.parameter), module.scale.detach()
         rounded = round_columns(weight, upper, scale, module.granularity, module.grid)
-        set_parameter(self._program.module, quantizer.parameter, rounded)
-        self.rounding.sqnr[quantizer.parameter] = sqnr(weight, rounded)
-        if self._correct_bias and quantizer.role == "linear":
+        if node.name in self._program.settled_biases:
+            self._move_bias(node, mean_shift(module(weight), rounded, (mean, mean)))
+        elif self._corrects(node):
             means = self._found.means[node.name][0], mean
             self.rounding.shifts[node.name] = mean_shift(weight, rounded, means)
+        set_parameter(self._program.module, quantizer.parameter, rounded)
+        self.rounding.sqnr[quantizer.parameter] = sqnr(weight, rounded)
+
+    def _corrects(self, node: Node) -> bool:
+        """Whether a bias keeps the mean of this linear's output."""
+        if node.name in self._program.settled_biases:
+            return True
+        return self._correct_bias and self._edges[input_node(node, 1)].role == "linear"
+
+    def _move_bias(self, node: Node, shift: Tensor) -> None:
+        name = self._program.settled_biases[node.name]
+        bias = self._program.parameter(name)
+        set_parameter(self._program.module, name, (bias.double() + shift).to(bias.dtype))
 
 
 def times_at_first(values: Tensor, first: float) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from fptq_compiler.optimize.mean_shift import mean_shifts
 from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
+from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
 from fptq_compiler.passes.settle_bias import SettleBias
 from fptq_compiler.passes.track_bias import TrackBias
 from tests.passes.steps import assert_settled, pick, run
@@ -20,6 +21,11 @@ AFTER = """
 linear_3 = linear(activation_quantizers_flatten, \
 weight_quantizers_model_layers_0_self_attn_o_proj_weight, \
 %model.layers.0.self_attn.o_proj.weight_bias)
+"""
+TAKEN = """
+linear_3 = linear(activation_quantizers_flatten, \
+weight_quantizers_model_layers_0_self_attn_o_proj_weight, \
+%model.layers.0.self_attn.o_proj.weight_bias_1)
 """
 
 
@@ -55,6 +61,19 @@ def test_where_nothing_moved_it_is_the_plain_correction() -> None:
     run(tracked, SettleBias())
     run(corrected, CorrectBias(mean_shifts(corrected, means)))
     torch.testing.assert_close(tracked.run(IDS), corrected.run(IDS), rtol=0, atol=0)
+
+
+def test_a_name_that_is_taken_keeps_its_parameter() -> None:
+    """A correction on top of a settled bias is a parameter of its own."""
+    program, means = calibrated(PLAIN)
+    run(program, TrackBias(means))
+    run(program, SettleBias())
+    settled = program.settled_biases["linear_3"]
+    before = program.parameter(settled).clone()
+    run(program, ProtectFirstPosition({"activation_quantizers_flatten": 0.25}))
+    run(program, CorrectBias({"linear_3": torch.ones(before.shape[0], dtype=torch.float64)}))
+    assert pick(program, "linear_3") == TAKEN
+    assert torch.equal(program.parameter(settled), before)
 
 
 def test_near_miss() -> None:

@@ -28,6 +28,8 @@ from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.place_quantizers import PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
+from fptq_compiler.passes.settle_bias import SettleBias
+from fptq_compiler.passes.track_bias import TrackBias
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.quant.gptq import gptq
 from fptq_compiler.quant.modules import WeightFakeQuantizer
@@ -143,6 +145,63 @@ def test_every_mean_output_is_that_of_the_float_model() -> None:
         # biases are stored in float32, and a near tie at a quantiser may fall to the other side
         assert (token_mean(found[node]) - mean).abs().max() < 1e-3 * mean.abs().max()
         assert (token_mean(plain[node]) - mean).abs().max() > 1e-2 * mean.abs().max()
+
+
+def test_what_a_bias_makes_up_for_is_no_error_of_the_weights() -> None:
+    """Where the mean is corrected the Hessian is that of x - E[x], without position 0 in E[x]."""
+    toy = Rounded(correct_bias=True)
+    toy.apply(CorrectBias(toy.rounding.shifts))
+    linears = toy.program.call_nodes(LINEAR)[:-1]
+    inputs = values(toy.program, [input_node(node) for node in linears])
+    for node in linears:
+        parameter = str(input_node(input_node(node, 1)).target)
+        x = inputs[input_node(node)]
+        rows = (x.double() - token_mean(x)).flatten(0, -2)
+        H = rows.t() @ rows * (2 / len(rows))
+        module, W = toy.quantizer(parameter), toy.exact[parameter]
+        expected = gptq(W, H, module.scale.detach(), module.granularity, module.grid)
+        found = toy.program.parameter(parameter)
+        # the sums behind H are float32 there: a target on the tie of two codes may fall either way
+        assert (found != expected).float().mean() < 0.01, parameter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sinks", ["none", "first-position"])
+def test_settled_biases_keep_the_mean_that_nearest_rounding_gives(
+    monkeypatch: pytest.MonkeyPatch, sinks: str
+) -> None:
+    monkeypatch.setattr("fptq_compiler.optimize.calibrate.sink_factor", lambda values: 0.25)
+    program, exact = settled(sinks)
+    linears = program.call_nodes(LINEAR)[:-1]
+    biases = {n: program.parameter(program.settled_biases[n.name]).clone() for n in linears}
+    assert len(rounded(program, Calibration()).sqnr) == 14
+    inputs = values(program, [input_node(node) for node in linears])
+    for node in linears:
+        record = input_node(node, 1)
+        module = program.module.get_submodule(str(record.target))
+        parameter = str(input_node(record).target)
+        mean = token_mean(inputs[input_node(node)])
+        nearest = module(exact[parameter]).double() @ mean + biases[node]
+        by_gptq = program.parameter(parameter).double() @ mean
+        bias = program.parameter(program.settled_biases[node.name])
+        largest = float(nearest.abs().max())
+        assert float((by_gptq + bias - nearest).abs().max()) < 1e-5 * largest
+        assert float((by_gptq + biases[node] - nearest).abs().max()) > 1e-3 * largest
+
+
+def settled(sinks: str) -> tuple[Program, dict[str, Tensor]]:
+    """A toy as training leaves it, biases settled, and its weights before GPTQ."""
+    place = PlaceQuantizers(
+        weights=4, activations=8, cache=8, block=0, embedding_bits=8, head_bits=8
+    )
+    program = with_sites(CONFIG, FoldTransforms(), place)
+    calibrate_weights(program, 2.0, SilentProgress())
+    found = calibrate_activations(program, [IDS], p=2.0, sinks=sinks, progress=SilentProgress())
+    run(program, TrackBias(found.means))
+    run(program, ProtectFirstPosition(found.first_position))
+    run(program, SettleBias())
+    names = [q.parameter for q in program.weight_quantizers]
+    return program, {name: program.parameter(name).clone() for name in names}
 
 
 def test_tables_of_eight_bits_are_left_alone() -> None:
