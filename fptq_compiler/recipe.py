@@ -122,6 +122,11 @@ class Recipe:
         return quantised and (self.training.steps > 0 or self.blockwise.steps > 0)
 
     @property
+    def rounds_by_gptq(self) -> bool:
+        """Whether GPTQ rounds the weights of linears."""
+        return self.bits.weights != 16 and self.weights.rounding == "gptq"
+
+    @property
     def embedding_bits(self) -> int:
         """Bits of the embedding: 16 where the weights are not quantised at all."""
         return 16 if self.bits.weights == 16 else self.weights.embedding_bits

@@ -205,7 +205,7 @@ class WeightsRecipe:
         bias_correction: give every linear the bias that keeps its mean output.
         rounding: to the "nearest" code, or by "gptq", which rounds each input channel so that it
             makes up for those before it on the calibration inputs; of linears, and of the head
-            where it has 4 bits.
+            where it has 4 bits. Training keeps GPTQ's codes, and then trains no transforms.
     """
 
     block: int = 0

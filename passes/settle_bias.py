@@ -14,7 +14,6 @@ from fptq_compiler.graph.mean_shift import MeanShift
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import free_name, get_parameter, replace, set_parameter
-from fptq_compiler.passes.track_bias import MEAN_SHIFTS
 
 
 class SettleBias(Pass):
@@ -39,7 +38,6 @@ class SettleBias(Pass):
             name = free_name(program.module, f"{weight.target}_bias")
             set_parameter(program.module, name, bias)
             replace(node, get_parameter(program.graph, node, name, bias))
-            program.settled_biases[str(node.target).removeprefix(f"{MEAN_SHIFTS}.")] = name
         return PassResult(len(tracked))
 
 

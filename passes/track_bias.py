@@ -18,9 +18,6 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import add_module, call_module
 from fptq_compiler.passes.linears import LINEAR
 
-MEAN_SHIFTS = "mean_shifts"
-"""The folder of the modules, each under its linear's name."""
-
 
 class TrackBias(Pass):
     """Put the shift of the mean on the bias of each linear whose input's means are known."""
@@ -47,7 +44,7 @@ class TrackBias(Pass):
             parameter = weight_end(program, weight)
             assert parameter is not None, f"{rounded.name} rounds no parameter"
             shift = MeanShift(self.means[node.name], edges_behind(program, parameter))
-            path = f"{MEAN_SHIFTS}.{node.name}"
+            path = f"mean_shifts.{node.name}"
             add_module(program.module, path, shift.to(program.device))
             bias = node.args[2:3]
             call = call_module(program.graph, node, path, (weight, rounded, *bias), like=node)

@@ -61,7 +61,8 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     "--rounding",
     metavar="|".join(ROUNDINGS),
     help="Of the weights of linears: to the nearest code, or by GPTQ, where each input channel "
-    "makes up for the rounding of those before it on the calibration inputs.",
+    "makes up for the rounding of those before it on the calibration inputs, and training keeps "
+    "the codes.",
 )
 @click.option(
     "--matmulnbits-accuracy-level", type=int, metavar="1|4",

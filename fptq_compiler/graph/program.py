@@ -81,7 +81,6 @@ class Program:
         maps: inserted transforms by name, for example `value.model.layers.0.self_attn`.
         scaled: whether the residual path carries S_n.
         activation_quantizers, weight_quantizers: what place_quantizers put in.
-        settled_biases: by linear node, the parameter of the bias that followed it in training.
         decisions: what the compiler decided, in words, for the report.
         device: where the parameters are.
     """
@@ -96,7 +95,6 @@ class Program:
     scaled: bool = False
     activation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
     weight_quantizers: list[WeightQuantizer] = field(default_factory=list)
-    settled_biases: dict[str, str] = field(default_factory=dict)
     decisions: list[str] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

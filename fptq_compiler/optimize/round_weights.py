@@ -57,16 +57,14 @@ def round_weights(
 ) -> Rounding:
     """Replace the weights of linears by values on their quantisers' grids.
 
-    Biases that training settled change with them, so that the mean of every output stays what it
-    is with weights rounded to the nearest code. The head is rounded where it has 4 bits. A weight
-    that linears with other inputs read too is rounded for the first of them.
+    The head is rounded where it has 4 bits. A weight that linears with other inputs read too is
+    rounded for the first of them.
 
     Args:
         program: with quantisers placed and all their ranges found, which stay as they are.
         batches: token ids (B, S) each.
-        found: the float model's means, and the factors of position 0; nothing where biases are
-            settled.
-        correct_bias: correct the mean of every output whose float mean is known.
+        found: the float model's means, and the factors of position 0.
+        correct_bias: correct the mean of every output that later weights see.
         progress: one step a block.
 
     Raises:
@@ -204,9 +202,7 @@ class _Rounder:
         assert isinstance(module, WeightFakeQuantizer)
         weight, scale = self._program.parameter(quantizer.parameter), module.scale.detach()
         rounded = round_columns(weight, upper, scale, module.granularity, module.grid)
-        if node.name in self._program.settled_biases:
-            self._move_bias(node, mean_shift(module(weight), rounded, (mean, mean)))
-        elif self._corrects(node):
+        if self._corrects(node):
             means = self._found.means[node.name][0], mean
             self.rounding.shifts[node.name] = mean_shift(weight, rounded, means)
         set_parameter(self._program.module, quantizer.parameter, rounded)
@@ -214,14 +210,7 @@ class _Rounder:
 
     def _corrects(self, node: Node) -> bool:
         """Whether a bias keeps the mean of this linear's output."""
-        if node.name in self._program.settled_biases:
-            return True
         return self._correct_bias and self._edges[input_node(node, 1)].role == "linear"
-
-    def _move_bias(self, node: Node, shift: Tensor) -> None:
-        name = self._program.settled_biases[node.name]
-        bias = self._program.parameter(name)
-        set_parameter(self._program.module, name, (bias.double() + shift).to(bias.dtype))
 
 
 def times_at_first(values: Tensor, first: float) -> Tensor:

@@ -47,10 +47,14 @@ class WeightFakeQuantizer(nn.Module):
 
     Attributes:
         scale: (rows,) or (rows, ceil(columns / block)) float32, positive.
+        coded_with: the scale of a weight whose codes stand; None where it is rounded anew.
     """
+
+    coded_with: Tensor | None
 
     def __init__(self, bits: int, shape: torch.Size, block: int = 0) -> None:
         super().__init__()
+        self.register_buffer("coded_with", None)
         self.grid = Grid(bits, symmetric=True)
         self.granularity = PerBlock(1, block) if block else PerChannel(0)
         self.scale = nn.Parameter(torch.ones(self.granularity.scale_shape(shape)))
@@ -60,8 +64,14 @@ class WeightFakeQuantizer(nn.Module):
         with torch.no_grad():
             self.scale.copy_(scale)
 
+    def keep_codes(self) -> None:
+        """The weight is codes times this scale: from here on the same codes times any scale."""
+        self.coded_with = self.scale.detach().clone()
+
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight on the grid, with straight-through gradients."""
+        """The weight on the grid, with straight-through gradients, or exact ones of kept codes."""
+        if self.coded_with is not None:
+            return weight * self.granularity.expand(self.scale / self.coded_with, weight.shape)
         scale = self.granularity.expand(self.scale, weight.shape)
         return fake_quantize(weight, scale, None, self.grid)
 
@@ -69,7 +79,8 @@ class WeightFakeQuantizer(nn.Module):
     def codes(self, weight: Tensor) -> Tensor:
         """Integer codes (rows, columns), int8."""
         found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for rows, scale in self._chunks(weight):
+        held = self.scale if self.coded_with is None else self.coded_with
+        for rows, scale in self._chunks(weight, held):
             found[rows] = quantize(weight[rows].float(), scale, None, self.grid).to(torch.int8)
         return found
 
@@ -77,17 +88,17 @@ class WeightFakeQuantizer(nn.Module):
     def sqnr(self, weight: Tensor) -> float:
         """Signal-to-noise ratio of the quantised weight in dB."""
         signal = noise = 0.0
-        for rows, scale in self._chunks(weight):
+        for rows, scale in self._chunks(weight, self.scale):
             exact = weight[rows].float()
             error = fake_quantize(exact, scale, None, self.grid) - exact
             signal += float(exact.double().square().sum())
             noise += float(error.double().square().sum())
         return 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
-    def _chunks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, weight: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Row ranges of at most CHUNK values, each with its scale: a head need not be copied."""
         step = max(1, CHUNK // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
             shape = weight[rows].shape
-            yield rows, self.granularity.expand(self.scale[rows], shape)
+            yield rows, self.granularity.expand(scales[rows], shape)

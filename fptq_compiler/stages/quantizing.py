@@ -12,7 +12,7 @@ from fptq_compiler.graph.program import Program
 from fptq_compiler.lower.targets import float_type_of, target_of
 from fptq_compiler.optimize.calibrate import Calibration, calibrate_activations, calibrate_weights
 from fptq_compiler.optimize.mean_shift import mean_shifts
-from fptq_compiler.optimize.round_weights import round_weights
+from fptq_compiler.optimize.round_weights import Rounding, round_weights
 from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
@@ -22,6 +22,7 @@ from fptq_compiler.passes.round_scales import RoundScales
 from fptq_compiler.passes.settle_bias import SettleBias
 from fptq_compiler.passes.track_bias import TrackBias
 from fptq_compiler.progress import Progress
+from fptq_compiler.quant.modules import WeightFakeQuantizer
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.report import Report
 from fptq_compiler.stages.measuring import TRAINED, TRANSFORMED, Measurements
@@ -33,8 +34,9 @@ def needs_calibration(recipe: Recipe) -> bool:
     """Whether anything is found from activations, or trained on text."""
     if recipe.bits.activations != FLOAT_BITS or recipe.bits.cache != FLOAT_BITS or recipe.trains:
         return True
-    from_inputs = recipe.weights.bias_correction or recipe.weights.rounding == "gptq"
-    if recipe.bits.weights != FLOAT_BITS and from_inputs:
+    if recipe.bits.weights != FLOAT_BITS and recipe.weights.bias_correction:
+        return True
+    if recipe.rounds_by_gptq:
         return True
     if "smooth" in recipe.transforms.candidates:
         return True
@@ -75,8 +77,6 @@ def quantize(
     if training is not None:
         training.run(program, recipe, report, progress)
         run_proved(program, (FoldTransforms(), SettleBias()), None, dump_dir)
-        if _rounds(recipe, ids):
-            _round(program, recipe, ids, Calibration(), report, progress)
         if measurements is not None:
             measurements.signal(program, TRAINED)
     if measurements is not None:
@@ -122,7 +122,7 @@ def find_ranges(
         ids: calibration tokens (samples, length); None where no activation is quantised.
         report: gets signal-to-noise ratios and decisions.
         progress: listens.
-        trained: the stages that train follow: biases move with the weights, and GPTQ waits.
+        trained: the stages that train follow: biases move with the weights.
         dump_dir: an existing folder for the graph after each pass.
     """
     run_proved(program, (quantizer_placement(recipe),), None, dump_dir)
@@ -137,25 +137,21 @@ def find_ranges(
             progress=progress,
         )
         report.sqnr.update(found.sqnr)
-        shifts: dict[str, Tensor] = {}
-        if trained and recipe.weights.bias_correction:
-            steps.append(TrackBias(found.means))
-        elif not trained and _rounds(recipe, ids):
-            shifts = _round(program, recipe, ids, found, report, progress)
-        elif recipe.weights.bias_correction:
-            shifts = mean_shifts(program, found.means)
-        if shifts:
-            steps.append(CorrectBias(shifts))
+        means = found.means
+        if recipe.rounds_by_gptq:
+            rounding = _round(program, recipe, ids, found, report, progress)
+            steps.append(CorrectBias(rounding.shifts))
+            if trained and recipe.training.weights == "none":
+                _keep_codes(program, rounding)
+            means = {name: (quantized, quantized) for name, (_, quantized) in means.items()}
+        elif recipe.weights.bias_correction and not trained:
+            steps.append(CorrectBias(mean_shifts(program, means)))
+        if recipe.weights.bias_correction and trained:
+            steps.append(TrackBias(means))
         steps.append(ProtectFirstPosition(found.first_position))
         report.decisions.append(_sink_words(recipe.activations.sinks, found.first_position))
     program.facts.add("calibrated")
     run_proved(program, tuple(steps), None, dump_dir)
-
-
-def _rounds(recipe: Recipe, ids: Tensor | None) -> bool:
-    """Whether GPTQ rounds the weights."""
-    quantised = recipe.bits.weights != FLOAT_BITS
-    return ids is not None and quantised and recipe.weights.rounding == "gptq"
 
 
 def _sequences(ids: Tensor | None) -> list[Tensor]:
@@ -166,20 +162,29 @@ def _sequences(ids: Tensor | None) -> list[Tensor]:
 def _round(
     program: Program,
     recipe: Recipe,
-    ids: Tensor | None,
+    ids: Tensor,
     found: Calibration,
     report: Report,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """Round the weights by GPTQ; gives the shifts that biases correct, where means are found."""
+) -> Rounding:
+    """Round the weights by GPTQ."""
     with report.stage("round weights"):
         rounding = round_weights(
             program, _sequences(ids), found,
-            correct_bias=recipe.weights.bias_correction and bool(found.means), progress=progress,
+            correct_bias=recipe.weights.bias_correction, progress=progress,
         )
     report.sqnr.update(rounding.sqnr)
     report.decisions.append(f"GPTQ rounded {len(rounding.sqnr)} weights")
-    return rounding.shifts
+    return rounding
+
+
+def _keep_codes(program: Program, rounding: Rounding) -> None:
+    """Train the scales of rounded weights, not their codes."""
+    for record in program.weight_quantizers:
+        if record.parameter in rounding.sqnr:
+            module = program.module.get_submodule(record.module)
+            assert isinstance(module, WeightFakeQuantizer)
+            module.keep_codes()
 
 
 def _sink_words(sinks: str, factors: dict[str, float]) -> str:

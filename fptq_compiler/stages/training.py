@@ -30,8 +30,12 @@ from fptq_compiler.work import TrainingFile
 
 
 def trained_maps(program: Program, recipe: Recipe) -> tuple[Map, ...]:
-    """The merged maps that are trained; the residual's only where the recipe says so."""
-    if not recipe.trains:
+    """The merged maps that are trained; the residual's only where the recipe says so.
+
+    None where GPTQ rounds the weights: they are trained as its codes, which maps would turn away
+    from their grid.
+    """
+    if not recipe.trains or recipe.rounds_by_gptq:
         return ()
     online = {online_map(program, node) for node in program.graph.nodes}
     return tuple(

@@ -68,7 +68,7 @@ def test_a_name_that_is_taken_keeps_its_parameter() -> None:
     program, means = calibrated(PLAIN)
     run(program, TrackBias(means))
     run(program, SettleBias())
-    settled = program.settled_biases["linear_3"]
+    settled = "model.layers.0.self_attn.o_proj.weight_bias"
     before = program.parameter(settled).clone()
     run(program, ProtectFirstPosition({"activation_quantizers_flatten": 0.25}))
     run(program, CorrectBias({"linear_3": torch.ones(before.shape[0], dtype=torch.float64)}))

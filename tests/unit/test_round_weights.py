@@ -29,10 +29,12 @@ from fptq_compiler.passes.freeze_quantizers import FreezeQuantizers
 from fptq_compiler.passes.place_quantizers import PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
 from fptq_compiler.passes.settle_bias import SettleBias
-from fptq_compiler.passes.track_bias import TrackBias
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.quant.gptq import gptq
 from fptq_compiler.quant.modules import WeightFakeQuantizer
+from fptq_compiler.recipe import TrainingRecipe
+from fptq_compiler.report import Report
+from fptq_compiler.stages.quantizing import find_ranges
 from tests.compiling import BIASED, compile_toy, quick, run_onnx
 from tests.passes.steps import run, with_sites
 from tests.toys import ToyConfig, make_tokens
@@ -165,45 +167,6 @@ def test_what_a_bias_makes_up_for_is_no_error_of_the_weights() -> None:
         assert (found != expected).float().mean() < 0.01, parameter
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("sinks", ["none", "first-position"])
-def test_settled_biases_keep_the_mean_that_nearest_rounding_gives(
-    monkeypatch: pytest.MonkeyPatch, sinks: str
-) -> None:
-    monkeypatch.setattr("fptq_compiler.optimize.calibrate.sink_factor", lambda values: 0.25)
-    program, exact = settled(sinks)
-    linears = program.call_nodes(LINEAR)[:-1]
-    biases = {n: program.parameter(program.settled_biases[n.name]).clone() for n in linears}
-    assert len(rounded(program, Calibration()).sqnr) == 14
-    inputs = values(program, [input_node(node) for node in linears])
-    for node in linears:
-        record = input_node(node, 1)
-        module = program.module.get_submodule(str(record.target))
-        parameter = str(input_node(record).target)
-        mean = token_mean(inputs[input_node(node)])
-        nearest = module(exact[parameter]).double() @ mean + biases[node]
-        by_gptq = program.parameter(parameter).double() @ mean
-        bias = program.parameter(program.settled_biases[node.name])
-        largest = float(nearest.abs().max())
-        assert float((by_gptq + bias - nearest).abs().max()) < 1e-5 * largest
-        assert float((by_gptq + biases[node] - nearest).abs().max()) > 1e-3 * largest
-
-
-def settled(sinks: str) -> tuple[Program, dict[str, Tensor]]:
-    """A toy as training leaves it, biases settled, and its weights before GPTQ."""
-    place = PlaceQuantizers(
-        weights=4, activations=8, cache=8, block=0, embedding_bits=8, head_bits=8
-    )
-    program = with_sites(CONFIG, FoldTransforms(), place)
-    calibrate_weights(program, 2.0, SilentProgress())
-    found = calibrate_activations(program, [IDS], p=2.0, sinks=sinks, progress=SilentProgress())
-    run(program, TrackBias(found.means))
-    run(program, ProtectFirstPosition(found.first_position))
-    run(program, SettleBias())
-    names = [q.parameter for q in program.weight_quantizers]
-    return program, {name: program.parameter(name).clone() for name in names}
-
-
 def test_tables_of_eight_bits_are_left_alone() -> None:
     toy = Rounded()
     assert HEAD not in toy.rounding.sqnr
@@ -238,3 +201,56 @@ def test_the_file_computes_what_the_rounded_program_does(setting: str, tmp_path:
     exact = compiled.program.run(ids)
     assert (found - exact).abs().max() < 1e-3 * exact.abs().max()
     assert (found - nearest.program.run(ids)).abs().max() > 1e-2 * exact.abs().max()
+
+
+def ready_to_train(weights: str) -> Program:
+    """A toy rounded by GPTQ as the stages that train take it."""
+    program = with_sites(CONFIG, FoldTransforms())
+    recipe = quick("4-8-8", training=TrainingRecipe(weights=weights))
+    recipe = replace(recipe, weights=replace(recipe.weights, rounding="gptq"))
+    silent = SilentProgress()
+    find_ranges(program, recipe, IDS, Report(origin="toy"), silent, trained=True)
+    return program
+
+
+def linear_quantizers(program: Program) -> dict[str, WeightFakeQuantizer]:
+    """By weight, of all linears but the head."""
+    records = [q for q in program.weight_quantizers if q.role == "linear"]
+    modules = {q.parameter: program.module.get_submodule(q.module) for q in records}
+    return {name: m for name, m in modules.items() if isinstance(m, WeightFakeQuantizer)}
+
+
+def test_training_moves_the_scales_and_keeps_the_codes() -> None:
+    program = ready_to_train("none")
+    quantizers = linear_quantizers(program)
+    codes = {name: q.codes(program.parameter(name)) for name, q in quantizers.items()}
+    before = program.run(IDS)
+    for quantizer in quantizers.values():
+        quantizer.set_scale(quantizer.scale * 1.3)
+    assert (program.run(IDS) - before).abs().max() > 1e-2 * before.abs().max()
+    run(program, SettleBias())
+    run(program, FreezeQuantizers())
+    assert len(codes) == 14
+    for name, expected in codes.items():
+        assert torch.equal(program.parameter(f"{name}_codes").t(), expected)
+
+
+def test_a_trained_correction_moves_the_codes() -> None:
+    """What is added to a weight can only be rounded with it."""
+    for quantizer in linear_quantizers(ready_to_train("lora")).values():
+        assert quantizer.coded_with is None
+
+
+def test_a_scale_moves_no_mean() -> None:
+    """The biases of kept codes follow: what a larger scale adds to a mean they take back."""
+    program = ready_to_train("none")
+    node = program.node("linear_3")
+    before = token_mean(values(program, [node])[node])
+    quantizer = linear_quantizers(program)[str(input_node(input_node(node, 1)).target)]
+    quantizer.set_scale(quantizer.scale * 1.3)
+    after = token_mean(values(program, [node])[node])
+    drift = (after - before).abs().max()
+    shift = program.node(str(node.args[2]))
+    program.module.get_submodule(str(shift.target)).get_buffer("mean").zero_()
+    unheld = (token_mean(values(program, [node])[node]) - before).abs().max()
+    assert drift < 0.2 * unheld
