@@ -96,7 +96,7 @@ class WeightFakeQuantizer(nn.Module):
         return 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
     def _chunks(self, weight: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Row ranges of at most CHUNK values, each with its part of `scales`, shaped as `scale`."""
+        """Row ranges of at most CHUNK values, each with its `scales`, shaped as `scale`."""
         step = max(1, CHUNK // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
