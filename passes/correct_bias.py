@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.biases import own_bias
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
@@ -49,4 +50,6 @@ def _correct(program: Program, node: Node, parameter: str, shift: Tensor) -> Non
     name = free_name(program.module, f"{parameter}_bias")
     bias = shift.to(program.held(parameter).dtype)
     set_parameter(program.module, name, bias)
-    node.args = (*node.args[:2], get_parameter(program.graph, node, name, bias))
+    corrected = get_parameter(program.graph, node, name, bias)
+    own_bias(corrected, node.name)
+    node.args = (*node.args[:2], corrected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.biases import own_bias, owner_of_bias
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.mean_shift import MeanShift
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
@@ -37,7 +38,11 @@ class SettleBias(Pass):
             bias = shift(*(value.double() for value in values)).to(values[0].dtype)
             name = free_name(program.module, f"{weight.target}_bias")
             set_parameter(program.module, name, bias)
-            replace(node, get_parameter(program.graph, node, name, bias))
+            settled = get_parameter(program.graph, node, name, bias)
+            owner = owner_of_bias(node)
+            assert owner is not None, f"{node.name} is the bias of no linear"
+            own_bias(settled, owner)
+            replace(node, settled)
         return PassResult(len(tracked))
 
 

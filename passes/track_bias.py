@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fptq_compiler.graph.biases import own_bias
 from fptq_compiler.graph.edges import edges_behind, weight_end
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.mean_shift import Means, MeanShift
@@ -48,6 +49,7 @@ class TrackBias(Pass):
             add_module(program.module, path, shift.to(program.device))
             bias = node.args[2:3]
             call = call_module(program.graph, node, path, (weight, rounded, *bias), like=node)
+            own_bias(call, node.name)
             node.args = (*node.args[:2], call)
             tracked += 1
         return PassResult(tracked)

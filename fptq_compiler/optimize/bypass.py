@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fptq_compiler.graph.biases import owner_of_bias
 from fptq_compiler.graph.edges import transformed, weight_end
 from fptq_compiler.graph.evaluate import Environment, run_node
 from fptq_compiler.graph.inputs import input_node
@@ -38,15 +39,23 @@ class Bypass:
             if source.op == "get_attr":
                 return self._exact.parameter(str(source.target))
             return environment[source]
+        exact = self._exact_bias(node)
+        if exact is not None:
+            return exact
         if node.op == "call_module" and isinstance(
             self._program.module.get_submodule(str(node.target)), MeanShift
         ):
             return self._unshifted(node, environment)
         instead = {
-            x: self._biases[str(x.target)] for x in node.all_input_nodes
-            if node.op == "call_function" and x.op == "get_attr" and x.target in self._biases
+            x: bias for x in node.all_input_nodes
+            if x.op == "get_attr" and (bias := self._exact_bias(x)) is not None
         }
         return run_node(self._program.module, node, environment | instead, None)
+
+    def _exact_bias(self, node: Node) -> Tensor | None:
+        """What a linear adds (N,) in the exact program, for the bias that a pass has given it."""
+        owner = owner_of_bias(node)
+        return None if owner is None else self._biases.get(owner)
 
     def _unshifted(self, node: Node, environment: Environment) -> object:
         """The bias (N,) behind a shift of the mean, zero where there is none."""
@@ -56,23 +65,19 @@ class Bypass:
             weight = environment[rounded]
             return weight.new_zeros(weight.shape[0])
         known = environment.get(bias[0])
-        return self._exact.parameter(str(bias[0].target)) if known is None else known
+        return self._program.parameter(str(bias[0].target)) if known is None else known
 
 
 def _biases(exact: Program) -> dict[str, Tensor]:
-    """What each linear adds (N,), by the names that its corrected bias has, or its own."""
+    """What each linear of a parameter adds (N,), by its node."""
     found = {}
     for node in exact.call_nodes(LINEAR):
         parameter = weight_end(exact, input_node(node, 1))
         if parameter is None:
             continue
-        name = str(parameter.target)
-        weight = exact.held(name)
-        bias = weight.new_zeros(weight.shape[0], device=exact.device)
         if len(node.args) > 2 and isinstance(node.args[2], Node):
-            bias = transformed(exact, node.args[2])
-            own = weight_end(exact, node.args[2])
-            if own is not None:
-                found[str(own.target)] = bias
-        found[f"{name}_bias"] = bias
+            found[node.name] = transformed(exact, node.args[2])
+        else:
+            weight = exact.held(str(parameter.target))
+            found[node.name] = weight.new_zeros(weight.shape[0], device=exact.device)
     return found

@@ -27,7 +27,11 @@ from fptq_compiler.passes.correct_bias import CorrectBias
 from fptq_compiler.passes.fold_transforms import FoldTransforms
 from fptq_compiler.passes.place_quantizers import PlaceQuantizers
 from fptq_compiler.passes.protect_first_position import ProtectFirstPosition
+from fptq_compiler.passes.settle_bias import SettleBias
 from fptq_compiler.progress import SilentProgress
+from fptq_compiler.recipe import Recipe
+from fptq_compiler.report import Report
+from fptq_compiler.stages.quantizing import find_ranges
 from tests.passes.steps import SEED, run, with_sites
 from tests.shop import Shop
 from tests.toys import ToyConfig
@@ -78,6 +82,25 @@ def test_bypassed_it_is_the_original(programs: tuple[Program, Program]) -> None:
     torch.testing.assert_close(by_hand(program, plain, None), exact, rtol=ROUNDING, atol=ROUNDING)
     corrected = by_hand(program, program, None)  # with the biases that suit the quantisers
     assert not torch.allclose(corrected, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_bypassed_it_is_the_original_where_rounded_biases_follow_scales() -> None:
+    """A shift stands on a bias that was corrected for GPTQ's codes, and that no exact one is."""
+    recipe = Recipe().override(rounding="gptq", bits="4-8-8")
+    for config in (ToyConfig(), ToyConfig(attention_bias=True, mlp_bias=True)):
+        program = with_sites(
+            config, *insertion((), seed=SEED, scaling_places=()), FoldTransforms()
+        )
+        plain = program.copy()
+        find_ranges(program, recipe, IDS, Report(origin="toy"), SILENT, trained=True)
+        assert "bias_tracked" in program.facts
+        for settled in (False, True):
+            if settled:
+                run(program, SettleBias())
+            torch.testing.assert_close(
+                by_hand(program, plain, None), plain.run(IDS), rtol=ROUNDING, atol=ROUNDING
+            )
+        assert block_sensitivity(program, IDS, plain, SILENT)["blocks.0"] > 0.0
 
 
 def test_signal_is_that_of_the_float_run(programs: tuple[Program, Program]) -> None:
