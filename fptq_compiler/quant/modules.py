@@ -68,10 +68,15 @@ class WeightFakeQuantizer(nn.Module):
         """The weight is codes times this scale: from here on the same codes times any scale."""
         self.coded_with = self.scale.detach().clone()
 
+    def scale_ratio(self) -> Tensor:
+        """The scale by that of the kept codes, in its shape."""
+        assert self.coded_with is not None, "the weight is rounded anew"
+        return self.scale / self.coded_with
+
     def forward(self, weight: Tensor) -> Tensor:
         """The weight on the grid, with straight-through gradients, or exact ones of kept codes."""
         if self.coded_with is not None:
-            return weight * self.granularity.expand(self.scale / self.coded_with, weight.shape)
+            return weight * self.granularity.expand(self.scale_ratio(), weight.shape)
         scale = self.granularity.expand(self.scale, weight.shape)
         return fake_quantize(weight, scale, None, self.grid)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fptq_compiler.graph.edges import online_map
+from fptq_compiler.graph.pipeline import run_passes
 from fptq_compiler.graph.program import Program
 from fptq_compiler.optimize.batches import Batches
 from fptq_compiler.optimize.blockwise import train_blocks
@@ -21,6 +22,7 @@ from fptq_compiler.optimize.ranks import ranks, rows_of_rank
 from fptq_compiler.optimize.student import Student
 from fptq_compiler.optimize.trainable import Group, trainable
 from fptq_compiler.optimize.training import Keeper, Plan, train
+from fptq_compiler.passes.scale_outputs import ScaleOutputs
 from fptq_compiler.progress import Progress
 from fptq_compiler.recipe import Recipe, TrainingRecipe
 from fptq_compiler.report import Report
@@ -82,15 +84,17 @@ class TrainingStage:
             zero_points_rate=chosen.zero_points_rate,
             correction_rate=chosen.correction_rate,
         ) as groups:
+            learner = program.copy()
+            run_passes(learner, (ScaleOutputs(),))
             if recipe.blockwise.steps > 0:
                 with report.stage("block-wise training"):
                     self._train_blocks(
-                        program, groups, batches, compute, recipe, report, progress
+                        learner, groups, batches, compute, recipe, report, progress
                     )
             if chosen.steps > 0:
                 with report.stage("end-to-end training"):
                     self._train_end_to_end(
-                        program, groups, batches, compute, recipe, report, progress
+                        learner, groups, batches, compute, recipe, report, progress
                     )
 
     def _train_blocks(
