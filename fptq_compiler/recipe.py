@@ -124,6 +124,9 @@ class Recipe:
     @property
     def rounds_by_gptq(self) -> bool:
         """Whether GPTQ rounds the weights of linears."""
+        if self.weights.rounding == "auto":
+            stays = self.training.weights == "none" or not self.trains
+            return self.bits.weights == 4 and self.bits.activations >= 8 and stays
         return self.bits.weights != 16 and self.weights.rounding == "gptq"
 
     @property
@@ -284,28 +287,34 @@ def _given(**flags: Any) -> dict[str, Any]:
     return {key: value for key, value in flags.items() if value is not None}
 
 
+NEAREST: Final = WeightsRecipe(rounding="nearest")
+
 BUILT_IN: Final[Mapping[str, Recipe]] = {
     "fptquant": Recipe(),
     "fptquant-local": Recipe(name="fptquant-local", training=TrainingRecipe(steps=0)),
     "rtn": Recipe(
         name="rtn",
+        weights=NEAREST,
         transforms=TransformsRecipe(names=(), where_possible=False),
         local=LocalRecipe(steps=0),
         training=TrainingRecipe(steps=0),
     ),
     "rtn-trained": Recipe(
         name="rtn-trained",
+        weights=NEAREST,
         transforms=TransformsRecipe(names=(), where_possible=False),
         local=LocalRecipe(steps=0),
     ),
     "smoothquant": Recipe(
         name="smoothquant",
+        weights=NEAREST,
         transforms=TransformsRecipe(names=("smooth",), where_possible=False),
         local=LocalRecipe(steps=0),
         training=TrainingRecipe(steps=0),
     ),
     "quarot": Recipe(
         name="quarot",
+        weights=NEAREST,
         transforms=TransformsRecipe(
             names=("residual", "value", "hadamard", "heads", "keys"), where_possible=False,
             residual_learned=False, value_map="hadamard", hadamard_block=0,
@@ -315,6 +324,7 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
     ),
     "spinquant": Recipe(
         name="spinquant",
+        weights=NEAREST,
         transforms=TransformsRecipe(
             names=("residual", "value", "hadamard", "keys"), where_possible=False,
             value_map="rotation", hadamard_block=0,
@@ -322,6 +332,7 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
     ),
     "flatquant": Recipe(
         name="flatquant",
+        weights=NEAREST,
         transforms=TransformsRecipe(
             names=("value", "updown", "smooth", "keys", "kronecker"), where_possible=False,
         ),
@@ -329,6 +340,7 @@ BUILT_IN: Final[Mapping[str, Recipe]] = {
     ),
     "quarot-static": Recipe(
         name="quarot-static",
+        weights=NEAREST,
         transforms=TransformsRecipe(
             names=("residual", "value", "hadamard"), where_possible=False,
             residual_learned=False, hadamard_block=0,

@@ -39,7 +39,7 @@ WIDTHS: Final = (4, 8, 16)
 BLOCKS: Final = (0, 32, 64, 128)
 HADAMARD_BLOCKS: Final = (0, 16, 32, 64, 128, 256, 512)
 ACCURACY_LEVELS: Final = (1, 4)
-ROUNDINGS: Final = ("nearest", "gptq")
+ROUNDINGS: Final = ("auto", "nearest", "gptq")
 SINKS: Final = ("first-position", "none")
 OBJECTIVES: Final = ("auto", "weights", "activations")
 
@@ -206,6 +206,8 @@ class WeightsRecipe:
         rounding: to the "nearest" code, or by "gptq", which rounds each input channel so that it
             makes up for those before it on the calibration inputs; of linears, and of the head
             where it has 4 bits. Training keeps GPTQ's codes, and then trains no transforms.
+            "auto" is "gptq" for 4-bit weights behind activations of 8 bits or more, unless
+            weights are trained too; at 4-bit activations it does harm.
     """
 
     block: int = 0
@@ -214,7 +216,7 @@ class WeightsRecipe:
     head_bits: int = 8
     matmulnbits_accuracy_level: int = 1
     bias_correction: bool = True
-    rounding: str = "nearest"
+    rounding: str = "auto"
 
     def __post_init__(self) -> None:
         check_one_of("weights.block", self.block, BLOCKS)

@@ -62,7 +62,8 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
     metavar="|".join(ROUNDINGS),
     help="Of the weights of linears: to the nearest code, or by GPTQ, where each input channel "
     "makes up for the rounding of those before it on the calibration inputs, and training keeps "
-    "the codes.",
+    "the codes; auto (the default) takes the second for 4-bit weights where activations have 8 "
+    "bits or more.",
 )
 @click.option(
     "--matmulnbits-accuracy-level", type=int, metavar="1|4",

@@ -43,7 +43,7 @@ RECIPES = st.builds(
     transforms=st.one_of(st.just(TransformsRecipe()), DEMANDED),
     weights=st.builds(
         WeightsRecipe, st.sampled_from([0, 32, 64, 128]), POWERS, WIDTHS, WIDTHS,
-        rounding=st.sampled_from(["nearest", "gptq"]),
+        rounding=st.sampled_from(["auto", "nearest", "gptq"]),
     ),
     activations=st.builds(ActivationsRecipe, POWERS, st.sampled_from(["first-position", "none"])),
     local=st.builds(LocalRecipe, st.integers(0, 500), st.floats(1e-6, 1.0), POWERS),
@@ -104,7 +104,7 @@ def test_the_default_recipe_reads_as_written() -> None:
         "head_bits = 8\n"
         "matmulnbits_accuracy_level = 1\n"
         "bias_correction = true\n"
-        'rounding = "nearest"\n'
+        'rounding = "auto"\n'
         "\n[activations]\n"
         "p = 2.0\n"
         'sinks = "first-position"\n'
@@ -325,10 +325,37 @@ def test_tables_have_bits_of_their_own() -> None:
         Recipe().override(bits="16-8-8", embedding_bits=4)
 
 
+@pytest.mark.parametrize(
+    ("bits", "weights", "steps", "expected"),
+    [
+        ("4-8-8", "none", 150, True),
+        ("4-8-4", "none", 0, True),
+        ("4-16-16", "none", 0, True),
+        ("4-4-4", "none", 150, False),
+        ("8-8-8", "none", 150, False),
+        ("16-8-8", "none", 150, False),
+        ("4-8-8", "lora", 150, False),
+        ("4-8-8", "full", 0, True),
+    ],
+)
+def test_gptq_rounds_by_default_where_it_helps(
+    bits: str, weights: str, steps: int, expected: bool
+) -> None:
+    training = TrainingRecipe(steps=steps, weights=weights)
+    recipe = replace(Recipe(), bits=Bits.parse(bits), training=training)
+    assert recipe.rounds_by_gptq is expected
+    assert not recipe.override(rounding="nearest").rounds_by_gptq
+
+
+def test_the_neighbours_round_to_the_nearest() -> None:
+    named = {name for name, recipe in BUILT_IN.items() if recipe.rounds_by_gptq}
+    assert named == {"fptquant", "fptquant-local"}
+
+
 def test_rounding_is_a_choice_where_weights_are_rounded() -> None:
-    assert Recipe().weights.rounding == "nearest"
+    assert Recipe().weights.rounding == "auto"
     assert Recipe().override(rounding="gptq").weights == WeightsRecipe(rounding="gptq")
-    message = r"weights\.rounding is 'up', expected one of nearest, gptq"
+    message = r"weights\.rounding is 'up', expected one of auto, nearest, gptq"
     with pytest.raises(RecipeError, match=message):
         Recipe().override(rounding="up")
     with pytest.raises(RecipeError, match="--rounding gptq: at 16-8-8 the weights stay in float"):

@@ -191,9 +191,9 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("setting", ["4-8-8", "4-16-16/32"])
 def test_the_file_computes_what_the_rounded_program_does(setting: str, tmp_path: Path) -> None:
     recipe = quick(setting)
-    by_gptq = replace(recipe, weights=replace(recipe.weights, rounding="gptq"))
-    compiled = compile_toy(BIASED, by_gptq, tmp_path / "gptq.onnx")
-    nearest = compile_toy(BIASED, recipe, tmp_path / "nearest.onnx")
+    to_nearest = replace(recipe, weights=replace(recipe.weights, rounding="nearest"))
+    compiled = compile_toy(BIASED, recipe, tmp_path / "gptq.onnx")
+    nearest = compile_toy(BIASED, to_nearest, tmp_path / "nearest.onnx")
     assert "round weights" in [row.name for row in compiled.report.stages]
     assert "GPTQ rounded 7 weights" in compiled.report.decisions
     ids = make_tokens(BIASED, 2, 16)

@@ -38,7 +38,8 @@ def test_auto_takes_activations_where_there_is_text() -> None:
 def test_auto_asks_for_no_text() -> None:
     lean = replace(
         RECIPE, bits=replace(RECIPE.bits, activations=16, cache=16),
-        weights=replace(RECIPE.weights, bias_correction=False),
+        weights=replace(RECIPE.weights, bias_correction=False, rounding="nearest"),
     )
     assert not needs_calibration(lean)
+    assert needs_calibration(replace(lean, weights=replace(lean.weights, rounding="gptq")))
     assert needs_calibration(replace(lean, local=replace(lean.local, objective="activations")))
