@@ -125,8 +125,8 @@ class Recipe:
     def rounds_by_gptq(self) -> bool:
         """Whether GPTQ rounds the weights of linears."""
         if self.weights.rounding == "auto":
-            stays = self.training.weights == "none" or not self.trains
-            return self.bits.weights == 4 and self.bits.activations >= 8 and stays
+            moves_codes = self.trains and self.training.weights != "none"
+            return self.bits.weights == 4 and self.bits.activations >= 8 and not moves_codes
         return self.bits.weights != 16 and self.weights.rounding == "gptq"
 
     @property

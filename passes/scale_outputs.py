@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fptq_compiler.graph.inputs import input_node
 from fptq_compiler.graph.mean_shift import MeanShift
-from fptq_compiler.graph.output_scales import OutputScale, ScaledShift, scales_outputs
+from fptq_compiler.graph.output_scales import OutputScale, ScaledShift, keeps_codes_by_row
 from fptq_compiler.graph.pipeline import Effect, Pass, PassResult
 from fptq_compiler.graph.program import Program
 from fptq_compiler.graph.surgery import add_module, call, call_module, replace
@@ -33,9 +33,8 @@ class ScaleOutputs(Pass):
         moved = 0
         for edge in [n for n in program.graph.nodes if n.op == "call_module"]:
             quantizer = program.module.get_submodule(str(edge.target))
-            if not scales_outputs(quantizer):
+            if not keeps_codes_by_row(quantizer):
                 continue
-            assert isinstance(quantizer, WeightFakeQuantizer)
             for reader in [*edge.users]:
                 if reader.target is LINEAR and reader.args[1] is edge:
                     _scale_outputs(program, reader, quantizer)

@@ -1,4 +1,4 @@
-"""Which linear a bias is of that a pass has made: it may be added further behind, or be shared."""
+"""A bias that a pass has made knows its linear, for it may be added further behind."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import Tensor, nn
 
 from fptq_compiler.graph.mean_shift import MeanShift
@@ -35,6 +37,7 @@ class ScaledShift(nn.Module):
     ) -> None:
         """Take the quantiser, the coded weight (N, K), and the shift, with no map on its way."""
         super().__init__()
+        assert len(shift.edges) == 0, "a map stands on the weight, and turns the mean"
         self.quantizer = quantizer
         exact, error = shift.get_buffer("mean"), shift.get_buffer("error")
         self.register_buffer("exact", weight.to(exact.dtype) @ exact)
@@ -48,10 +51,10 @@ class ScaledShift(nn.Module):
         return shift if bias is None else bias + shift
 
 
-def scales_outputs(quantizer: nn.Module) -> bool:
-    """Whether the quantiser's scales may stand behind a linear: kept codes, one scale a row."""
+def keeps_codes_by_row(module: nn.Module) -> TypeGuard[WeightFakeQuantizer]:
+    """Whether it is a quantiser of kept codes with one scale a row (an output channel)."""
     return (
-        isinstance(quantizer, WeightFakeQuantizer)
-        and quantizer.coded_with is not None
-        and isinstance(quantizer.granularity, PerChannel)
+        isinstance(module, WeightFakeQuantizer)
+        and module.coded_with is not None
+        and isinstance(module.granularity, PerChannel)
     )
