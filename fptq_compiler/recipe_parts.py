@@ -207,7 +207,7 @@ class WeightsRecipe:
             makes up for those before it on the calibration inputs; of linears, and of the head
             where it has 4 bits. Training keeps GPTQ's codes, and then trains no transforms.
             "auto" is "gptq" for 4-bit weights behind activations of 8 bits or more, unless
-            weights are trained too; at 4-bit activations it does harm.
+            weights are trained too; at 4-bit activations it is worse.
     """
 
     block: int = 0
