@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch.export import ExportedProgram
 
 from fptq_compiler import driver
 from fptq_compiler.graph.program import Program
@@ -72,12 +70,6 @@ class Compiled:
         return {tensor.name: tensor for tensor in self.model.graph.initializer}
 
 
-@cache
-def exported(config: ToyConfig) -> ExportedProgram:
-    """The toy's export, made once: compiling does not change it."""
-    return export_toy(config)
-
-
 def keeping_program(compile_it: Callable[[], Report], path: Path, recipe: Recipe) -> Compiled:
     """Run a compilation and keep the program that it hands to the lowering."""
     kept: list[Program] = []
@@ -97,7 +89,7 @@ def compile_toy(config: ToyConfig, recipe: Recipe, path: Path, **options: Any) -
     """Compile the toy in Python."""
     chosen = driver.Options(recipe=recipe, **options)
     return keeping_program(
-        lambda: driver.compile_model(exported(config), path, options=chosen), path, recipe
+        lambda: driver.compile_model(export_toy(config), path, options=chosen), path, recipe
     )
 
 

@@ -1,15 +1,19 @@
 """Fixtures shared by all tests: seeds from names, and data that may be absent."""
 
+import copy
 import importlib
 import importlib.util
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -18,6 +22,24 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def _few_threads() -> None:
     """Hold torch to one thread: the toys are too small for more, and sums keep their order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_translation_table() -> Iterator[None]:
+    """Build torch.onnx's table of translations once a process: every export takes a second for it.
+
+    An export that adds translations of its own gets its own lists.
+    """
+    build = cache(ONNXRegistry.from_torchlib)
+
+    def copied(opset_version: int = TORCHLIB_OPSET) -> ONNXRegistry:
+        table = copy.copy(build(opset_version))
+        table.functions = {name: [*found] for name, found in table.functions.items()}
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture

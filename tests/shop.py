@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from fptq_compiler.cli.compile import command
 from fptq_compiler.cli.entry import run
 from fptq_compiler.recipe import Recipe
-from tests.compiling import exported
-from tests.toys import ToyConfig
+from tests.toys import ToyConfig, export_toy
 
 FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
 
@@ -22,7 +21,7 @@ FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
 def archive(config: ToyConfig, folder: Path) -> Path:
     """The toy as a user would save it."""
     path = folder / "toy.pt2"
-    torch.export.save(exported(config), path)
+    torch.export.save(export_toy(config), path)
     return path
 
 

@@ -12,6 +12,7 @@ always causal. Parameters are named as in Hugging Face's Llama; the packed ones 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Literal, cast
 
 import torch
@@ -363,8 +364,9 @@ def make_tokens(
     return torch.randint(config.vocabulary, (batch, length), generator=generator)
 
 
+@cache
 def export_toy(config: ToyConfig, seed: int = 0) -> ExportedProgram:
-    """Export the toy with dynamic batch and sequence (at most MAX_POSITIONS)."""
+    """Export the toy with dynamic batch and sequence (at most MAX_POSITIONS), once: it is read."""
     return export_module(make_toy(config, seed))
 
 

@@ -16,8 +16,8 @@ from fptq_compiler.report import Report
 from fptq_compiler.stages import quantize, take_in, transform
 from fptq_compiler.stages.training import TrainingStage
 from fptq_compiler.work import TrainingFile
-from tests.compiling import SMALL, exported
-from tests.toys import ToyConfig, make_tokens
+from tests.compiling import SMALL
+from tests.toys import ToyConfig, export_toy, make_tokens
 
 STEPS = TrainingRecipe(
     steps=5, batch=2, length=8, held_out=3, evaluate_every=2, compute="float32"
@@ -65,7 +65,7 @@ def before_training(
     keeper: Keeper = NOTHING_KEPT, *, config: ToyConfig = SMALL, recipe: Recipe = TRAINED
 ) -> tuple[Program, TrainingStage]:
     """The folded program without quantisers, and the stage that trains it."""
-    program = take_in(exported(config))
+    program = take_in(export_toy(config))
     report = Report(origin="toy", recipe="", seed=0)
     left = transform(program, recipe, make_tokens(config, 4, 16), report, SilentProgress())
     rows = make_tokens(config, 12, recipe.training.length)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +30,10 @@ test_wrong_variants.py by 1e-4 and more."""
 SEED = 5
 """Of the parameters that the maps have while numbers are compared."""
 
-_exported = cache(export_toy)
-
 
 def captured(config: ToyConfig, *steps: Pass) -> Program:
     """Return the toy's program as captured, after `steps`."""
-    return _through(_exported(config), steps)
+    return _through(export_toy(config), steps)
 
 
 def with_sites(config: ToyConfig, *steps: Pass) -> Program:

@@ -23,12 +23,11 @@ from tests.compiling import (
     SMALL,
     Compiled,
     compile_toy,
-    exported,
     keeping_program,
     quick,
     run_onnx,
 )
-from tests.toys import ToyConfig
+from tests.toys import ToyConfig, export_toy
 
 SETTINGS = (
     "4-8-8", "4-4-4", "4-16-16", "16-16-16", "8-8-8", "4-16-8", "4-8-16", "16-8-8",
@@ -179,7 +178,7 @@ def test_nothing_quantised_is_the_original(toy: Compile, setting: str) -> None:
     config = BIASED if setting.startswith("biased") else SMALL
     compiled = toy(setting)
     assert compiled.report.curves  # the transforms were trained: they are not identities
-    check_original(compiled, unlift(exported(config)).run)
+    check_original(compiled, unlift(export_toy(config)).run)
 
 
 @pytest.mark.slow

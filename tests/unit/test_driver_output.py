@@ -18,9 +18,9 @@ from fptq_compiler import calibration, driver, lower
 from fptq_compiler.lower import write
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.stages import quantizing, transforming
-from tests.compiling import SMALL, exported, quick
+from tests.compiling import SMALL, quick
 from tests.shop import Shop, save_export
-from tests.toys import make_tokens, make_toy
+from tests.toys import export_toy, make_tokens, make_toy
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def translated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lower, "to_onnx", keep)
         options = driver.Options(recipe=quick("4-8-8"))
-        driver.compile_model(exported(SMALL), path.with_name("toy.onnx"), options=options)
+        driver.compile_model(export_toy(SMALL), path.with_name("toy.onnx"), options=options)
     return path
 
 

@@ -11,8 +11,8 @@ from fptq_compiler.progress import SilentProgress
 from fptq_compiler.report import Report
 from fptq_compiler.stages import needs_calibration
 from fptq_compiler.stages.transforming import find_sites, insert_transforms
-from tests.compiling import SMALL, exported, quick
-from tests.toys import make_tokens
+from tests.compiling import SMALL, quick
+from tests.toys import export_toy, make_tokens
 
 RECIPE = quick("4-8-8", verify="off")
 
@@ -20,7 +20,7 @@ RECIPE = quick("4-8-8", verify="off")
 def curves(objective: str, ids: Tensor | None) -> dict[str, list[float]]:
     """The losses of the local stage on a toy."""
     recipe = replace(RECIPE, local=replace(RECIPE.local, objective=objective))
-    program, report = unlift(exported(SMALL)), Report(origin="test")
+    program, report = unlift(export_toy(SMALL)), Report(origin="test")
     find_sites(program, recipe, report)
     insert_transforms(program, recipe, ids, report, SilentProgress())
     return report.curves

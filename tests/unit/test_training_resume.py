@@ -17,8 +17,8 @@ from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import Recipe
 from fptq_compiler.stages import take_in, transforming
 from fptq_compiler.work import TrainingFile, WorkFolder
-from tests.compiling import SMALL, compile_toy, exported
-from tests.toys import make_tokens
+from tests.compiling import SMALL, compile_toy
+from tests.toys import export_toy, make_tokens
 from tests.training import (
     STEPS,
     TRAINED,
@@ -182,7 +182,7 @@ def test_a_state_of_other_parameters_is_not_used(
 
 
 def test_a_state_belongs_to_recipe_model_device_and_text(tmp_path: Path) -> None:
-    program, ids, rows = take_in(exported(SMALL)), make_tokens(SMALL, 2, 8), torch.ones(2, 4)
+    program, ids, rows = take_in(export_toy(SMALL)), make_tokens(SMALL, 2, 8), torch.ones(2, 4)
     other, _ = before_training()
 
     def path(
