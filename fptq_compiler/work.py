@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +142,30 @@ class WorkFolder:
         Raises:
             LoweringError: it cannot be written.
         """
-        path = self._path("choice", "json", ids, rows)
-        if path is not None and rank() == 0:
-            content = json.dumps({"recipe": recipe.to_toml(), "decisions": [*decisions]})
-            with _whole(path) as partial:
-                partial.write_text(content, encoding="utf-8")
+        content = {"recipe": recipe.to_toml(), "decisions": [*decisions]}
+        self._save_json("choice", content, ids, rows)
+
+    def load_trials(self, ids: Tensor, rows: Tensor) -> dict[str, float]:
+        """The losses of the trials on these tokens that were finished, by recipe as TOML."""
+        path = self._path("trials", "json", ids, rows)
+        if path is None or not path.exists():
+            return {}
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            found = {str(recipe): float(loss) for recipe, loss in kept.items()}
+        except (OSError, AttributeError, TypeError, ValueError) as error:
+            logger.warning("%s cannot be read (%s); trying again", path.name, error)
+            return {}
+        logger.info("%d trials from %s", len(found), path.name)
+        return found
+
+    def save_trials(self, ids: Tensor, rows: Tensor, losses: Mapping[str, float]) -> None:
+        """Keep the losses of finished trials, by recipe as TOML.
+
+        Raises:
+            LoweringError: they cannot be written.
+        """
+        self._save_json("trials", dict(losses), ids, rows)
 
     def training(self, ids: Tensor, rows: Tensor) -> TrainingFile:
         """Where the state of the end-to-end training is kept.
@@ -156,6 +175,12 @@ class WorkFolder:
             rows: tokens that are trained on.
         """
         return TrainingFile(self._path("training", "pt", ids, rows))
+
+    def _save_json(self, name: str, content: object, *tokens: Tensor) -> None:
+        path = self._path(name, "json", *tokens)
+        if path is not None and rank() == 0:
+            with _whole(path) as partial:
+                partial.write_text(json.dumps(content), encoding="utf-8")
 
     def _path(self, name: str, suffix: str, *tokens: Tensor | None) -> Path | None:
         """The file of a result; `tokens` are what it also belongs to."""

@@ -28,7 +28,7 @@ def choose_transforms(
         rows: training tokens (N, S).
         report: gets the stages, and a decision for every trial and kind.
         progress: listens.
-        work: keeps the choice, for a run that goes on.
+        work: keeps the trials and the choice, for a run that goes on.
     """
     kept = work.load_choice(ids, rows)
     if kept is not None:
@@ -37,7 +37,7 @@ def choose_transforms(
         return chosen
     before = len(report.decisions)
     with report.stage("choice of transforms"):
-        recipe = choose_kinds(program, recipe, ids, rows, report, progress)
+        recipe = choose_kinds(program, recipe, ids, rows, report, progress, work=work)
     with report.stage("choice of sites"):
         recipe = choose_sites(program, recipe, ids, rows, report, progress)
     work.save_choice(ids, rows, recipe, report.decisions[before:])

@@ -18,6 +18,7 @@ from fptq_compiler.recipe import Recipe
 from fptq_compiler.recipe_parts import TRANSFORMS
 from fptq_compiler.report import Report
 from fptq_compiler.trial import freeze, trial
+from fptq_compiler.work import WorkFolder
 
 PLACES = (("down_proj",), ("o_proj",), ("down_proj", "o_proj"))
 
@@ -25,7 +26,8 @@ Loss = Callable[[Recipe], float]
 
 
 def choose_kinds(
-    program: Program, recipe: Recipe, ids: Tensor, rows: Tensor, report: Report, progress: Progress
+    program: Program, recipe: Recipe, ids: Tensor, rows: Tensor, report: Report,
+    progress: Progress, *, work: WorkFolder,
 ) -> Recipe:
     """The recipe with the transforms and places of S_n that lower the held-out loss.
 
@@ -36,12 +38,17 @@ def choose_kinds(
         rows: training tokens (N, S).
         report: gets a decision for every trial.
         progress: one step a trial.
+        work: keeps the losses, for a run that goes on.
     """
+    losses = work.load_trials(ids, rows)
 
     def loss(variant: Recipe) -> float:
-        found = _trial_loss(program.copy(), variant, ids, rows)
-        progress.advance(1, f"held out {found:.4f}")
-        return found
+        name = variant.to_toml()
+        if name not in losses:
+            losses[name] = _trial_loss(program.copy(), variant, ids, rows)
+            work.save_trials(ids, rows, losses)
+        progress.advance(1, f"held out {losses[name]:.4f}")
+        return losses[name]
 
     progress.start("choosing transforms", 1 + len(list(variants(recipe))))
     chosen, decisions = choose(recipe, loss)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fptq_compiler import choice
-from fptq_compiler.choice import choose_transforms
-from fptq_compiler.choice.kinds import choose, variants
+from fptq_compiler.choice import choose_transforms, kinds
+from fptq_compiler.choice.kinds import choose, choose_kinds, variants
 from fptq_compiler.graph.dump import dump
+from fptq_compiler.graph.program import Program
 from fptq_compiler.progress import SilentProgress
 from fptq_compiler.recipe import TRANSFORMS, Recipe, TransformsRecipe
 from fptq_compiler.report import Report
@@ -87,3 +89,44 @@ def test_on_a_program_which_stays_as_it_is(
     )
     assert again == chosen
     assert later.decisions == report.decisions
+
+
+def test_trials_that_were_finished_are_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick("4-4-4").override(steps=2, choose=True, transforms="auto")
+    program, ids = take_in(export_toy(ToyConfig(layers=1))), make_tokens(ToyConfig(), 4, 24)
+    work = WorkFolder(tmp_path, recipe, program)
+    done: list[Recipe] = []
+
+    def falling(program: Program, variant: Recipe, ids: Tensor, rows: Tensor) -> float:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(variant)
+        return 1.0 / len(done)
+
+    def high(program: Program, variant: Recipe, ids: Tensor, rows: Tensor) -> float:
+        done.append(variant)
+        return 2.0
+
+    def choose_again() -> tuple[Recipe, list[str]]:
+        report = Report(origin="toy")
+        chosen = choose_kinds(
+            program, recipe, ids[:2], ids, report, SilentProgress(), work=work
+        )
+        return chosen, report.decisions
+
+    monkeypatch.setattr(kinds, "_trial_loss", falling)
+    with pytest.raises(KeyboardInterrupt):
+        choose_again()
+    first, done[:] = [*done], []
+    monkeypatch.setattr(kinds, "_trial_loss", high)
+    chosen, decisions = choose_again()
+    assert len(first) + len(done) == len(decisions) == 1 + 2 + 6
+    assert "held-out loss 0.3333, chosen" in decisions[2]  # of the first run
+    assert chosen == first[-1]
+    done.clear()
+    (kept,) = tmp_path.glob("trials-*.json")
+    kept.write_text("[]")  # damaged, it is done again
+    choose_again()
+    assert len(done) == 1 + 2 + 6
